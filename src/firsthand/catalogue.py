@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -37,11 +38,10 @@ def read_card(path: Path) -> Card:
     parts = path.read_text(encoding="utf-8").split("---\n", 2)
     if len(parts) != 3 or parts[0].strip():
         raise ValueError(f"{path.name}: a card begins with front matter between two lines of ---")
-    fields = yaml.load(parts[1], getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    fields: dict[str, Any] = yaml.load(parts[1], getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    fields = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     try:
-        return Card(
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}, body=parts[2].strip()
-        )
+        return Card(**fields, body=parts[2].strip())
     except TypeError as error:
         raise ValueError(f"{path.name}: {error}") from error
 
@@ -51,3 +51,25 @@ def cards() -> dict[str, Card]:
     """Every card by its slug, in alphabetical order."""
     found = [read_card(path) for path in sorted(FOLDER.glob("*.md"))]
     return {card.slug: card for card in found}
+
+
+def search(words: str, most: int) -> list[tuple[Card, float]]:
+    """The cards nearest to `words`, best first, with their cosine similarity; those that share nothing are left out.
+
+    TF-IDF over words and over pieces of words, so that "collapsing" finds "collapse"; the title counts twice.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.pipeline import make_union
+
+    everything = list(cards().values())
+    if not everything:
+        return []
+    vectorizer = make_union(
+        TfidfVectorizer(sublinear_tf=True, stop_words="english"),
+        TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(4, 6)),
+    )
+    texts = [f"{card.slug} {card.title} {card.title} {card.area} {card.paper} {card.body}" for card in everything]
+    matrix = vectorizer.fit_transform(texts)
+    scores = (matrix @ vectorizer.transform([words]).T).toarray().ravel() / 2  # two unit vectors side by side
+    best = sorted(zip(everything, scores.tolist(), strict=True), key=lambda pair: -pair[1])
+    return [(card, score) for card, score in best[:most] if score > 0]

@@ -90,9 +90,7 @@ def matches(arm: str, baseline: str, *, on: str, within: float) -> Claim:
     )
 
 
-def holds(
-    text: str, statistic: Callable[[Metrics], float], *, above: float | None = None, below: float | None = None
-) -> Claim:
+def holds(text: str, statistic: Callable[[Metrics], float], *, above: float | None = None, below: float | None = None) -> Claim:
     """A statistic of all arms at one seed has a mean above `above`, or below `below`, or between the two.
 
     Args:

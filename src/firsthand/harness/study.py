@@ -94,7 +94,8 @@ def load_study(name: str) -> Study:
             module = importlib.import_module(module_name)
         else:
             spec = importlib.util.spec_from_file_location(module_name, path)
-            assert spec and spec.loader
+            if spec is None or spec.loader is None:
+                raise ImportError("not a Python file")
             module = importlib.util.module_from_spec(spec)
             sys.modules[module_name] = module
             spec.loader.exec_module(module)
@@ -122,6 +123,11 @@ def study_path(name: str) -> Path:
     if not path.is_file():
         raise StudyError(f"{name!r} is neither a method with a study nor a .py file; `firsthand list` names the methods")
     return path
+
+
+def study_name(path: Path) -> str:
+    """What `load_study` finds the file by, on this machine or, for a shipped study, on another."""
+    return path.stem.replace("_", "-") if is_shipped(path) else str(path)
 
 
 SHIPPED = Path(__file__).parent.parent / "studies"

@@ -35,7 +35,8 @@ def interval(effects: Sequence[float]) -> tuple[float, float]:
 def sign_flip_p(effects: Sequence[float], centre: float = 0.0) -> float:
     """Two-sided p-value of the sign-flip test that the effects are symmetric around `centre`.
 
-    Exact (all 2^n sign patterns) up to 16 effects, and by 65,535 random patterns beyond. With n effects it cannot be below 2^(1-n).
+    Exact (all 2^n sign patterns) up to 16 effects, and by 65,535 random patterns beyond. From n effects it cannot be
+    below 2^(1-n).
     """
     values = np.asarray(effects, dtype=np.float64) - centre
     test = stats.permutation_test(

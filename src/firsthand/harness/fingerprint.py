@@ -1,0 +1,130 @@
+"""What a result depends on: the code of the study and of what it imports, and the versions of the libraries behind it.
+
+Code is compared as a syntax tree without comments and docstrings, so wording costs no evidence. The harness itself is left
+out, but for `Trial`: it decides what is run and measured, not what an arm computes.
+"""
+
+import ast
+import hashlib
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent
+TRIAL = Path(__file__).parent / "trial.py"
+
+
+def code_fingerprint(study: Path) -> str:
+    """Fingerprint of a study file and of every module of ours (or beside it) that it reaches by imports."""
+    digest = hashlib.sha256()
+    for path in sources(study):
+        digest.update(_name(path, study).encode() + b"\0" + _normalised(path).encode() + b"\0")
+    return digest.hexdigest()
+
+
+def trial_key(code: str, libraries: dict[str, str], **what: object) -> str:
+    """Name of one trial's result: everything that may change its numbers, hashed."""
+    return hashlib.sha256(json.dumps([code, libraries, what], sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def sources(study: Path) -> list[Path]:
+    """The study's file, `Trial`, and the files of ours they import, at any depth, in a fixed order."""
+    found = {study, TRIAL}
+    waiting = [study]
+    while waiting:
+        path = waiting.pop()
+        new = {target for name in _imports(path) for target in _files(name, study.parent)} - found
+        found |= new
+        waiting += new
+    return sorted(found, key=lambda path: _name(path, study))
+
+
+def library_versions(study: Path) -> dict[str, str]:
+    """Python, torch, NumPy and each other installed library that the study's code imports, with versions."""
+    names = {name.partition(".")[0] for path in sources(study) for name in _imports(path)}
+    names = (names | {"torch", "numpy"}) - set(sys.stdlib_module_names) - {"firsthand"}
+    providers = importlib.metadata.packages_distributions()
+    versions = {dist: importlib.metadata.version(dist) for name in names for dist in providers.get(name, [])[:1]}
+    return {"python": ".".join(platform.python_version_tuple()[:2]), **dict(sorted(versions.items()))}
+
+
+@cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _normalised(path: Path) -> str:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+@cache
+def _imports(path: Path) -> tuple[str, ...]:
+    """Dotted names that a file imports anywhere in it; `from a import b` gives `a.b`."""
+
+    def names() -> Iterator[str]:
+        package = _dotted(path.parent)
+        for node in ast.walk(_tree(path)):
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                base = node.module or ""
+                if node.level:
+                    parts = package.split(".")
+                    base = ".".join(parts[: len(parts) - node.level + 1] + ([base] if base else []))
+                yield from (f"{base}.{alias.name}" for alias in node.names)
+
+    return tuple(sorted(set(names())))
+
+
+def _files(name: str, beside: Path) -> list[Path]:
+    """The files of ours behind an imported name: none for a library, and none for the harness."""
+    parts = name.split(".")
+    if parts[0] != "firsthand":
+        neighbour = beside / f"{parts[0]}.py"
+        return [neighbour] if neighbour.is_file() and beside != PACKAGE / "studies" else []
+    if len(parts) == 1 or parts[1] == "harness":
+        return []
+    base = PACKAGE
+    for depth, part in enumerate(parts[1:], 1):
+        if (base / f"{part}.py").is_file():
+            return [base / f"{part}.py"]
+        if not (base / part).is_dir():
+            return _exported(base, part)
+        base = base / part
+        if depth == len(parts) - 1:  # the package itself: whatever it holds may be used
+            return sorted(base.glob("*.py"))
+    return []
+
+
+def _exported(package: Path, name: str) -> list[Path]:
+    """The module that a package's lazy `__init__.pyi` takes `name` from."""
+    stub = package / "__init__.pyi"
+    if not stub.is_file():
+        return [package / "__init__.py"] if (package / "__init__.py").is_file() else []
+    for node in _tree(stub).body:
+        if isinstance(node, ast.ImportFrom) and name in {alias.asname or alias.name for alias in node.names}:
+            target = package / f"{node.module}.py" if node.level else PACKAGE
+            return [target] if target.is_file() and "harness" not in target.parts else []
+    return []
+
+
+def _dotted(folder: Path) -> str:
+    if folder == PACKAGE or PACKAGE in folder.parents:
+        return ".".join(("firsthand", *folder.relative_to(PACKAGE).parts))
+    return ""
+
+
+def _name(path: Path, study: Path) -> str:
+    """A name of the file that does not depend on where things are installed."""
+    if PACKAGE in path.parents:
+        return path.relative_to(PACKAGE).as_posix()
+    return "study" if path == study else path.name
