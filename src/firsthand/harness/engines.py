@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, no_type_check
 
 from firsthand.harness.worker import Event, Progress, Work, run_seed
 
@@ -43,16 +44,6 @@ class Died:
 
     reason: str
     output: str = ""  # the end of what it printed
-
-
-class Engine(Protocol):
-    name: str
-    slots: int
-
-    def start(self, work: Work) -> Any: ...
-    def wait(self, seconds: float) -> Iterator[tuple[Any, Event | Done | Died]]: ...
-    def stop(self, handle: Any) -> None: ...
-    def close(self) -> None: ...
 
 
 class Local:
@@ -202,10 +193,12 @@ class Ray:
         self._ray = ray
         self._ours = not ray.is_initialized()
         if self._ours:
+            address = address or os.environ.get("RAY_ADDRESS", "auto")
             try:
-                ray.init(address=address or os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False, logging_level="error")
-            except ConnectionError as error:
-                where = address or "this machine"
+                _reach(address)
+                ray.init(address=address, log_to_driver=False, logging_level="error")
+            except OSError as error:
+                where = "this machine" if address == "auto" else address
                 raise ConnectionError(f"no Ray cluster at {where}: start one with `ray start --head`") from error
         self.slots = max(1, int(ray.cluster_resources().get("CPU", 1)))
         self._running: dict[Any, Any] = {}  # stream of events -> handle, which is the stream itself
@@ -246,8 +239,19 @@ class Ray:
             self._ray.shutdown()
 
 
+def _reach(address: str) -> None:
+    """Raise `OSError` if nothing listens at `host:port`. Ray itself would try for minutes."""
+    host, _, port = address.rpartition("/")[2].partition(":")
+    if port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
+
+
+@no_type_check  # Ray wants a plain generator function, and a runtime type checker would wrap it
 def _stream(work: Work) -> Iterator[Event]:
     import torch
 
     torch.set_num_threads(1)
     yield from run_seed(work)
+
+
+Engine = Local | Ray

@@ -22,7 +22,7 @@ def code_fingerprint(study: Path) -> str:
     """Fingerprint of a study file and of every module of ours (or beside it) that it reaches by imports."""
     digest = hashlib.sha256()
     for path in sources(study):
-        digest.update(_name(path, study).encode() + b"\0" + _normalised(path).encode() + b"\0")
+        digest.update(_name(path, study).encode() + b"\0" + _normalised(_read(path)).encode() + b"\0")
     return digest.hexdigest()
 
 
@@ -37,7 +37,7 @@ def sources(study: Path) -> list[Path]:
     waiting = [study]
     while waiting:
         path = waiting.pop()
-        new = {target for name in _imports(path) for target in _files(name, study.parent)} - found
+        new = {target for name in _imported(path) for target in _files(name, study.parent)} - found
         found |= new
         waiting += new
     return sorted(found, key=lambda path: _name(path, study))
@@ -45,21 +45,30 @@ def sources(study: Path) -> list[Path]:
 
 def library_versions(study: Path) -> dict[str, str]:
     """Python, torch, NumPy and each other installed library that the study's code imports, with versions."""
-    names = {name.partition(".")[0] for path in sources(study) for name in _imports(path)}
+    names = {name.partition(".")[0] for path in sources(study) for name in _imported(path)}
     names = (names | {"torch", "numpy"}) - set(sys.stdlib_module_names) - {"firsthand"}
     providers = importlib.metadata.packages_distributions()
     versions = {dist: importlib.metadata.version(dist) for name in names for dist in providers.get(name, [])[:1]}
     return {"python": ".".join(platform.python_version_tuple()[:2]), **dict(sorted(versions.items()))}
 
 
+def _imported(path: Path) -> tuple[str, ...]:
+    return _imports(_read(path), _dotted(path.parent))
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+# What is remembered is remembered by the text, so that a file that changes while we run is seen.
 @cache
-def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+def _tree(code: str) -> ast.Module:
+    return ast.parse(code)
 
 
 @cache
-def _normalised(path: Path) -> str:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+def _normalised(code: str) -> str:
+    tree = ast.parse(code)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
             node.body = node.body[1:] or [ast.Pass()]
@@ -67,12 +76,11 @@ def _normalised(path: Path) -> str:
 
 
 @cache
-def _imports(path: Path) -> tuple[str, ...]:
-    """Dotted names that a file imports anywhere in it; `from a import b` gives `a.b`."""
+def _imports(code: str, package: str) -> tuple[str, ...]:
+    """Dotted names that a file of `package` imports anywhere in it; `from a import b` gives `a.b`."""
 
     def names() -> Iterator[str]:
-        package = _dotted(path.parent)
-        for node in ast.walk(_tree(path)):
+        for node in ast.walk(_tree(code)):
             if isinstance(node, ast.Import):
                 yield from (alias.name for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
@@ -110,7 +118,7 @@ def _exported(package: Path, name: str) -> list[Path]:
     stub = package / "__init__.pyi"
     if not stub.is_file():
         return [package / "__init__.py"] if (package / "__init__.py").is_file() else []
-    for node in _tree(stub).body:
+    for node in _tree(_read(stub)).body:
         if isinstance(node, ast.ImportFrom) and name in {alias.asname or alias.name for alias in node.names}:
             target = package / f"{node.module}.py" if node.level else PACKAGE
             return [target] if target.is_file() and "harness" not in target.parts else []
