@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check evidence report clean
+.PHONY: demo test check evidence readme report clean
 
 demo: .venv/installed  ## one full study on real data, then its page
 	$(BIN)/firsthand run rankme
@@ -18,10 +18,14 @@ check: .venv/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+	$(BIN)/python scripts/readme_table.py --check
 
 evidence: .venv/installed-dev  ## run again every study whose code has changed since its evidence was written
 	$(BIN)/firsthand list --stale --json | $(BIN)/python -c 'import json, sys; print(*[m["slug"] for m in json.load(sys.stdin)])' \
 		| xargs --no-run-if-empty $(BIN)/firsthand run --publish
+
+readme: .venv/installed  ## the table of methods in README.md
+	$(BIN)/python scripts/readme_table.py
 
 report: .venv/installed
 	$(BIN)/firsthand report --output report

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -52,9 +51,8 @@ def test_answers_at_once(call, words):
 
 
 def test_import_is_light():
-    code = (
-        "import sys, firsthand, firsthand.cli, firsthand.data; print(*{'torch', 'numpy', 'sklearn', 'scipy'} & set(sys.modules))"
-    )
+    heavy = {"torch", "numpy", "scipy", "sklearn", "rich.markdown"}
+    code = f"import sys, firsthand, firsthand.cli, firsthand.data; print(*{heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
 
@@ -138,9 +136,8 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(call, tmp_path, words, mess
 def test_interrupt_leaves_a_store_that_goes_on(call, tmp_path):
     write(tmp_path, HANGING.replace("time.sleep(600)", "time.sleep(0 if trial.smoke or trial.seed == 1000 else 600)"))
     env = {**os.environ, "FIRSTHAND_CACHE": str(tmp_path / "cache")}
-    process = subprocess.Popen(
-        [FIRSTHAND, "run", "toy.py", "--seeds", "3", "--jobs", "1"], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+    command = [FIRSTHAND, "run", "toy.py", "--seeds", "3", "--jobs", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith("seed 1001  base"):
             break
