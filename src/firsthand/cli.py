@@ -273,7 +273,7 @@ def fetch_data(names: Annotated[list[str], typer.Argument(help="Names from `firs
     for name in names:
         try:
             out.print(f"{name}: {data.fetch(name)}", soft_wrap=True)
-        except (data.DataMissing, ValueError, OSError) as error:
+        except (data.DataMissing, data.FetchError, ValueError, OSError) as error:
             fail(str(error))
 
 

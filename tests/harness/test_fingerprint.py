@@ -97,9 +97,9 @@ def test_a_neighbour_of_a_users_study_counts(tmp_path):
 
 def test_versions_name_what_the_code_imports(tmp_path):
     study = tmp_path / "mine.py"
-    study.write_text("import json\nimport sklearn.svm\n")
+    study.write_text("import json\nimport yaml\n")
     versions = fingerprint.library_versions(study)
-    assert set(versions) == {"python", "torch", "numpy", "scikit-learn"}
+    assert set(versions) == {"python", "torch", "numpy", "scipy", "scikit-learn", "PyYAML"}
 
 
 def test_key_differs_with_everything_that_counts():

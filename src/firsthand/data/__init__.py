@@ -1,0 +1,5 @@
+"""Real data sets and small real models, by name. What there is, and how to get it: `firsthand data list`."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,7 +1,8 @@
 """What a result depends on: the code of the study and of what it imports, and the versions of the libraries behind it.
 
-Code is compared as a syntax tree without comments and docstrings, so wording costs no evidence. The harness itself is left
-out, but for `Trial`: it decides what is run and measured, not what an arm computes.
+Code is compared as a syntax tree without comments and docstrings, so wording costs no evidence. The harness is left out, but
+for `Trial`: it decides what is run and measured, not what an arm computes. So is the data layer: data are known by name, and
+a loader that is to give something else gives it under a new name.
 """
 
 import ast
@@ -44,12 +45,12 @@ def sources(study: Path) -> list[Path]:
 
 
 def library_versions(study: Path) -> dict[str, str]:
-    """Python, torch, NumPy and each other installed library that the study's code imports, with versions."""
+    """Versions of Python, of the libraries of the core, and of each other one that the study's code imports."""
     names = {name.partition(".")[0] for path in sources(study) for name in _imported(path)}
-    names = (names | {"torch", "numpy"}) - set(sys.stdlib_module_names) - {"firsthand"}
+    names = (names | {"torch", "numpy", "scipy", "sklearn"}) - set(sys.stdlib_module_names) - {"firsthand"}
     providers = importlib.metadata.packages_distributions()
     versions = {dist: importlib.metadata.version(dist) for name in names for dist in providers.get(name, [])[:1]}
-    return {"python": ".".join(platform.python_version_tuple()[:2]), **dict(sorted(versions.items()))}
+    return {"python": platform.python_version(), **dict(sorted(versions.items()))}
 
 
 def _imported(path: Path) -> tuple[str, ...]:
@@ -94,12 +95,12 @@ def _imports(code: str, package: str) -> tuple[str, ...]:
 
 
 def _files(name: str, beside: Path) -> list[Path]:
-    """The files of ours behind an imported name: none for a library, and none for the harness."""
+    """The files of ours behind an imported name: none for a library, the harness and the data layer."""
     parts = name.split(".")
     if parts[0] != "firsthand":
         neighbour = beside / f"{parts[0]}.py"
         return [neighbour] if neighbour.is_file() and beside != PACKAGE / "studies" else []
-    if len(parts) == 1 or parts[1] == "harness":
+    if len(parts) == 1 or parts[1] in ("harness", "data"):
         return []
     base = PACKAGE
     for depth, part in enumerate(parts[1:], 1):

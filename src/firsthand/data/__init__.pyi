@@ -1,0 +1,11 @@
+from .access import DataMissing as DataMissing
+from .access import available as available
+from .access import cache_folder as cache_folder
+from .access import load as load
+from .access import require as require
+from .access import where as where
+from .download import FetchError as FetchError
+from .download import fetch as fetch
+from .sources import SOURCES as SOURCES
+from .sources import Download as Download
+from .sources import Source as Source
