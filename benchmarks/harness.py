@@ -1,7 +1,7 @@
 """What the harness costs: a study through `firsthand.run` against the same arms in a bare loop.
 
-Both sides are whole processes, imports and worker start-up included, in turn; the arms do fixed work of about 3 s each. The harness
-side uses one worker, so that both do the work one after the other.
+Both sides are whole processes, imports and worker start-up included, in turn; the arms do fixed work of about 3 s each. The
+harness side uses one worker, so that both do the work one after the other.
 """
 
 import argparse
@@ -25,7 +25,8 @@ def arm(trial):
             trial.record(step, mean=x.mean().item())
     return {{"mean": x.mean().item()}}
 
-study = Study(method="cost", arms={{"one": arm, "two": arm}}, claim=holds("zero", lambda arms: 0.0, above=-1.0), equal="all", seeds=3)
+claim = holds("zero", lambda arms: 0.0, above=-1.0)
+study = Study(method="cost", arms={{"one": arm, "two": arm}}, claim=claim, equal="all", seeds=3)
 '''
 BARE = """
 import sys, torch
