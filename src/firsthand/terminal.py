@@ -87,6 +87,36 @@ def claimed_range(claim: Mapping[str, Any]) -> str:
     return f"{number(low)} to {number(high)}"
 
 
+def effect_plot(claim: Mapping[str, Any], width: int = 60) -> str:
+    """The effects as dots over their interval, on one scale with the ends of the claimed range. Empty if there is no interval."""
+    effects = [value for value in claim["effects"].values() if value is not None]
+    low, high = claim["interval"]
+    if low is None or not effects:
+        return ""
+    ends = [end for end in (claim["low"], claim["high"]) if end is not None]
+    left, right = min(*effects, low, *ends), max(*effects, high, *ends)
+    scale = (width - 1) / (right - left) if right > left else 0.0
+
+    def row(marks: Mapping[str, Sequence[float]], between: tuple[float, float] | None = None) -> str:
+        cells = [" "] * width
+        if between:
+            start, stop = (round((value - left) * scale) for value in between)
+            cells[start : stop + 1] = "─" * (stop + 1 - start)
+        for mark, values in marks.items():
+            for value in values:
+                cells[round((value - left) * scale)] = mark
+        return "  " + "".join(cells).rstrip()
+
+    return "\n".join(
+        (
+            row({"╷": ends, "•": effects}) + "   each seed",
+            row({"╵": ends, "├": [low], "┤": [high], "┼": [claim["mean"]]}, (low, high)) + "   mean, 95 % interval",
+            f"  {number(left)}{number(right).rjust(width - len(number(left)))}"
+            + "".join(f"   ╷ edge of the claim, {number(end)}" for end in ends),
+        )
+    )
+
+
 def arms_table(evidence: Evidence) -> Table:
     """Means over seeds: the claimed metrics first, then the costs, then the other metrics."""
     names = dict.fromkeys(metric for claim in evidence["claims"] for _, metric in claim["needs"])
@@ -117,6 +147,8 @@ def show_evidence(console: Console, evidence: Evidence, verbose: bool = False) -
     console.print(f"[dim]equal: {escape(evidence['equal'])}; data: {data}; seeds {seeds[0]}-{seeds[-1]} ({len(seeds)})[/]\n")
     console.print(claims_table(evidence))
     console.print()
+    if plot := effect_plot(primary(evidence)):
+        console.print(f"[bold]Effect of the first claim[/]\n{plot}\n", highlight=False)
     console.print(arms_table(evidence))
     for failure in evidence["failures"]:
         console.print(f"[red]failed[/] {escape(failure['arm'])}, seed {failure['seed']}: {escape(failure['error'])}")
