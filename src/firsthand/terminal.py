@@ -87,7 +87,7 @@ def claimed_range(claim: Mapping[str, Any]) -> str:
     return f"{number(low)} to {number(high)}"
 
 
-def effect_plot(claim: Mapping[str, Any], width: int = 60) -> str:
+def effect_plot(claim: Mapping[str, Any], width: int = 48) -> str:
     """The effects as dots over their interval, on one scale with the ends of the claimed range. Empty if there is no interval."""
     effects = [value for value in claim["effects"].values() if value is not None]
     low, high = claim["interval"]
@@ -110,9 +110,9 @@ def effect_plot(claim: Mapping[str, Any], width: int = 60) -> str:
     return "\n".join(
         (
             row({"╷": ends, "•": effects}) + "   each seed",
-            row({"╵": ends, "├": [low], "┤": [high], "┼": [claim["mean"]]}, (low, high)) + "   mean, 95 % interval",
+            row({"╵": ends, "├": [low], "┤": [high], "┼": [claim["mean"]]}, (low, high)) + "   95 % interval of the mean",
             f"  {number(left)}{number(right).rjust(width - len(number(left)))}"
-            + "".join(f"   ╷ edge of the claim, {number(end)}" for end in ends),
+            + "".join(f"   ╷ claimed edge {number(end)}" for end in ends),
         )
     )
 
