@@ -118,14 +118,15 @@ def effect_plot(claim: Mapping[str, Any], width: int = 48) -> str:
 
 
 def arms_table(evidence: Evidence) -> Table:
-    """Means over seeds: the claimed metrics first, then the costs, then the other metrics."""
-    names = dict.fromkeys(metric for claim in evidence["claims"] for _, metric in claim["needs"])
-    names |= dict.fromkeys(metric for of_arm in evidence["metrics"].values() for metric in of_arm)
-    shown = list(names)[:4]
+    """Means over seeds: the metrics that the claims are about, then the costs."""
+    named = dict.fromkeys(metric for claim in evidence["claims"] for _, metric in claim["needs"])
+    named |= dict.fromkeys(metric for of_arm in evidence["metrics"].values() for metric in of_arm)
+    shown = list(named)[:3]
+    sparse = any(costs["active_parameters"] != costs["parameters"] for costs in evidence["costs"].values())
     table = Table(box=None, pad_edge=False, title="Arms (means over seeds)", title_justify="left", title_style="bold")
-    table.add_column("arm")
-    for column in (*shown, *UNITS.values(), "trained", "active"):
-        table.add_column(column, justify="right")
+    table.add_column("arm", overflow="fold")
+    for column in (*shown, *UNITS.values(), "trained", *(["active"] if sparse else [])):
+        table.add_column(column, justify="right", overflow="fold", min_width=6)
     for arm, costs in evidence["costs"].items():
         metrics = evidence["metrics"].get(arm, {})
         means = [_mean(list(metrics[name].values())) if name in metrics else None for name in shown]
@@ -134,7 +135,7 @@ def arms_table(evidence: Evidence) -> Table:
             *map(number, means),
             *(number(costs[cost]) for cost in UNITS),
             count(costs["trained_parameters"]),
-            count(costs["active_parameters"]),
+            *([count(costs["active_parameters"])] if sparse else []),
         )
     return table
 
