@@ -1,0 +1,14 @@
+from .learning_curve import LearningCurveStop as LearningCurveStop
+from .learning_curve import LearningCurveTrace as LearningCurveTrace
+from .learning_curve import PowerLawFit as PowerLawFit
+from .learning_curve import fit_power_law as fit_power_law
+from .learning_curve import ordering_reliability as ordering_reliability
+from .learning_curve import prediction_mape as prediction_mape
+from .rankme import RankMe as RankMe
+from .rankme import RankMeCallback as RankMeCallback
+from .rankme import alpha_req as alpha_req
+from .rankme import eigenvalue_entropy_rank as eigenvalue_entropy_rank
+from .rankme import participation_ratio as participation_ratio
+from .rankme import select_by_rankme as select_by_rankme
+from .rankme import spectrum as spectrum
+from .rankme import stable_rank as stable_rank
