@@ -154,7 +154,9 @@ def test_report_of_an_own_study(call, tmp_path):
     (tmp_path / "toy.json").write_text(done.stdout)
     done = call("report", "--output", "site", "--evidence", "toy.json")
     assert done.returncode == 0, done.stderr
-    assert "Does adding one help?" in "".join(page.read_text() for page in (tmp_path / "site").rglob("*.html"))
+    page = (tmp_path / "site" / "methods" / "toy.html").read_text()
+    assert "Does adding one help?" in page
+    assert "stale" not in page
 
 
 def test_search_finds_by_meaning(call):

@@ -227,13 +227,13 @@ def report(
     from firsthand.harness.report import write_report
 
     found = dict(published.published())
+    stale = {slug for slug, each in found.items() if published.is_stale(each)}
     for path in evidence or []:
         try:
             own = json.loads(path.read_text(encoding="utf-8"))
             found[own["method"]] = own
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"{path}: no evidence, as `firsthand run --json` prints it: {error}")
-    stale = {slug for slug, each in found.items() if published.is_stale(each)}
     index = write_report(folder, catalogue.cards(), found, stale)
     out.print(f"written: {index}", soft_wrap=True)
     if open_it:
