@@ -23,6 +23,11 @@ def number(value: float | None, signed: bool = False) -> str:
     return f"{value:{'+' if signed else ''}.4g}"
 
 
+def cost_of(value: float | None) -> str:
+    """Three digits, and none for next to nothing."""
+    return "<0.01" if value is not None and value < 0.01 else "-" if value is None else f"{value:.3g}"
+
+
 def count(value: float | None) -> str:
     """A parameter count in k, M or B."""
     if value is None:
@@ -133,7 +138,7 @@ def arms_table(evidence: Evidence) -> Table:
         table.add_row(
             escape(arm),
             *map(number, means),
-            *(number(costs[cost]) for cost in UNITS),
+            *(cost_of(costs[cost]) for cost in UNITS),
             count(costs["trained_parameters"]),
             *([count(costs["active_parameters"])] if sparse else []),
         )
