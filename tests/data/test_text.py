@@ -35,6 +35,13 @@ def test_no_sentence_and_no_code_comes_twice(pairs):
     assert len({pair["sentence"] for pair in pairs}) == len({pair["code"] for pair in pairs}) == len(pairs)
 
 
+def test_repeated_sentences_are_kept_on_request(pairs):
+    every = load("docstrings", distinct=False)
+    assert len(every) > len(pairs)
+    assert len({pair["sentence"] for pair in every}) < len(every)
+    assert [pair for pair in every if pair in pairs[:50]][:50] == pairs[:50]
+
+
 def test_code_is_one_public_function_of_some_size_without_its_docstring(pairs):
     for pair in pairs:
         (function,) = ast.parse(pair["code"]).body

@@ -95,11 +95,11 @@ def test_a_neighbour_of_a_users_study_counts(tmp_path):
     assert tmp_path / "beside.py" in fingerprint.sources(study)
 
 
-def test_versions_name_what_the_code_imports(tmp_path):
+def test_versions_name_what_the_code_imports_and_reads(tmp_path):
     study = tmp_path / "mine.py"
-    study.write_text("import json\nimport yaml\n")
+    study.write_text("import json\nimport yaml\npackages = ('networkx',)\n")
     versions = fingerprint.library_versions(study)
-    assert set(versions) == {"python", "torch", "numpy", "scipy", "scikit-learn", "PyYAML"}
+    assert set(versions) == {"python", "torch", "numpy", "scipy", "scikit-learn", "PyYAML", "networkx"}
 
 
 def test_key_differs_with_everything_that_counts():

@@ -29,15 +29,18 @@ _SKIP = {
 _WIKI = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
 
-def docstrings(folder: Path, packages: Sequence[str] = ("scipy", "sklearn")) -> list[dict[str, str]]:
+def docstrings(
+    folder: Path, packages: Sequence[str] = ("scipy", "sklearn"), *, distinct: bool = True
+) -> list[dict[str, str]]:
     """What a function is for, in its author's words, and the function.
 
     Taken from the source of the standard library and of `packages`: public functions and methods of at least three statements
-    whose docstring opens with a sentence of at least six words. Nothing is imported. No sentence and no code comes twice.
+    whose docstring opens with a sentence of at least six words. Nothing is imported.
 
     Args:
         folder: of the standard library.
         packages: import names of installed packages to read besides the standard library.
+        distinct: let no sentence and no code come twice: the first of each is kept.
 
     Returns:
         In order of package, file and line: `sentence`; `code`, signature and body without the docstring; `package` (`"stdlib"`
@@ -54,13 +57,15 @@ def docstrings(folder: Path, packages: Sequence[str] = ("scipy", "sklearn")) -> 
                 f"the data set 'docstrings' was asked to read {package!r}, which is not installed: pip install {package}"
             )
         folders[package] = found
+    pairs = [dict(pair) for package, place in folders.items() for pair in _pairs(package, place)]
+    if not distinct:
+        return pairs
     unique: dict[str, dict[str, str]] = {}
     codes: set[str] = set()
-    for package, place in folders.items():
-        for pair in _pairs(package, place):
-            if pair["sentence"] not in unique and pair["code"] not in codes:
-                codes.add(pair["code"])
-                unique[pair["sentence"]] = dict(pair)
+    for pair in pairs:
+        if pair["sentence"] not in unique and pair["code"] not in codes:
+            codes.add(pair["code"])
+            unique[pair["sentence"]] = pair
     return list(unique.values())
 
 

@@ -45,9 +45,14 @@ def sources(study: Path) -> list[Path]:
 
 
 def library_versions(study: Path) -> dict[str, str]:
-    """Versions of Python, of the libraries of the core, and of each other one that the study's code imports."""
-    names = {name.partition(".")[0] for path in sources(study) for name in _imported(path)}
-    names = (names | {"torch", "numpy", "scipy", "sklearn"}) - set(sys.stdlib_module_names) - {"firsthand"}
+    """Versions of Python, of the libraries of the core, and of each other one that the study's code imports or names.
+
+    Names, because a library may also be what is read: `data.load("docstrings", packages=("networkx",))`.
+    """
+    names = {"torch", "numpy", "scipy", "sklearn"}
+    for path in sources(study):
+        names |= {name.partition(".")[0] for name in _imported(path)} | _strings(_read(path))
+    names -= set(sys.stdlib_module_names) | {"firsthand"}
     providers = importlib.metadata.packages_distributions()
     versions = {dist: importlib.metadata.version(dist) for name in names for dist in providers.get(name, [])[:1]}
     return {"python": platform.python_version(), **dict(sorted(versions.items()))}
@@ -65,6 +70,11 @@ def _read(path: Path) -> str:
 @cache
 def _tree(code: str) -> ast.Module:
     return ast.parse(code)
+
+
+@cache
+def _strings(code: str) -> set[str]:
+    return {node.value for node in ast.walk(_tree(code)) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
 
 
 @cache
