@@ -419,7 +419,7 @@ def test_reset_forgets_the_rows():
 
 
 RANK = """
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 from datetime import timedelta
 from firsthand.diagnose.rankme import RankMe
 rank, path = int(sys.argv[1]), sys.argv[2]
@@ -430,8 +430,9 @@ mine = Z[:30] if rank == 0 else Z[30:]  # uneven on purpose
 metric = RankMe(center=True)
 for chunk in mine.split(7):
     metric.update(chunk)
-print(repr(metric.compute().item()), int(metric.count))
-dist.destroy_process_group()
+print(repr(metric.compute().item()), int(metric.count), flush=True)
+dist.barrier()
+os._exit(0)  # gloo's threads now and then abort an orderly end
 """
 
 

@@ -29,9 +29,7 @@ _SKIP = {
 _WIKI = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 
 
-def docstrings(
-    folder: Path, packages: Sequence[str] = ("scipy", "sklearn"), *, distinct: bool = True
-) -> list[dict[str, str]]:
+def docstrings(folder: Path, packages: Sequence[str] = ("scipy", "sklearn"), *, distinct: bool = True) -> list[dict[str, str]]:
     """What a function is for, in its author's words, and the function.
 
     Taken from the source of the standard library and of `packages`: public functions and methods of at least three statements
