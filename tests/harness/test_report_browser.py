@@ -139,13 +139,45 @@ def test_it_can_be_read_without_scripts(visit, site):
     assert page.get_by_label("Search").is_hidden()
 
 
-def test_what_cards_and_evidence_say_is_never_run(browser, tmp_path):
+def test_links_into_the_index_filter_it(visit, site):
+    page = visit(site / "index.html")
+    page.get_by_label("Verdicts").get_by_role("link", name="inconclusive").click()
+    assert set(shown(page)) == {"Effective rank of embeddings", "Layer norm around sublayers"}
+    page.go_back()
+    assert len(shown(page)) == 6
+    page = visit(site / "methods" / "read-me.html")
+    page.get_by_label("Breadcrumb").get_by_role("link", name="moe").click()
+    assert len(shown(page)) == 2
+    page.goto(page.url.partition("#")[0] + "#area=nowhere&sort=nothing&order=sideways&q=router")
+    assert shown(page) == ["Fixed random router with a growing number of experts"]
+
+
+CONTRAST = """selector => [...document.querySelectorAll(selector)].filter(e => e.checkVisibility()).map(element => {
+  const light = colour => colour.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)
+    .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  let behind = element;
+  while (getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
+  const [a, b] = [light(getComputedStyle(element).color), light(getComputedStyle(behind).backgroundColor)];
+  return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+})"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_as_wcag_asks(visit, site, scheme):
+    for name in ("index.html", "methods/gistembed.html"):
+        page = visit(site / name, color_scheme=scheme)
+        contrasts = page.evaluate(CONTRAST, ".verdict, .tag, .quiet, .lede, main a, pre span, figcaption, dt")
+        assert len(contrasts) > 10
+        assert min(contrasts) >= 4.5
+
+
+def test_what_cards_and_evidence_say_is_never_run(visit, tmp_path):
     write_report(tmp_path, **evil())
-    page = browser.new_page()
     for path in tmp_path.rglob("*.html"):
-        page.goto(path.as_uri())
+        page = visit(path, width=375)  # which also fails on a request, and on a script that the page's policy had to stop
         assert page.evaluate("window.hacked") is None
+        assert page.locator("img").count() == 0
         for link in page.locator("main a").all():
             assert not link.get_attribute("href").lower().startswith(("javascript", "data"))
-        assert page.locator("img").count() == 0
-    page.close()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375

@@ -32,8 +32,12 @@ def number(value: float | None, decimals: int = 0, sign: bool = False) -> str:
 
 
 def seconds(value: float | None) -> str:
-    if value is None or value < 100:
-        return UNKNOWN if value is None else f"{number(value, min(2, places([value], 2)))} s"
+    if value is None:
+        return UNKNOWN
+    if value < 0.1:
+        return f"{number(1000 * value, places([1000 * value], 2) if value < 0.01 else 0)} ms"
+    if value < 100:
+        return f"{number(value, places([value], 2))} s"
     return f"{value / 60:.1f} min" if value < 6000 else f"{value / 3600:.1f} h"
 
 
@@ -82,11 +86,12 @@ def known(values: Iterable[float | None]) -> list[float]:
 def metric_column(name: str, arms: Mapping[str, Mapping[str, float | None]]) -> dict[str, Any]:
     """A metric's mean and standard deviation for each arm, and its value for each arm and seed."""
     values = {arm: known(seeds.values()) for arm, seeds in arms.items()}
-    decimals = places(chain(*values.values()), 4)
+    means = {arm: fmean(some) for arm, some in values.items() if some}
+    decimals, of_means = places(chain(*values.values()), 4), places(means.values(), 4)
     return {
         "name": name,
-        "mean": {arm: number(fmean(some) if some else None, decimals) for arm, some in values.items()},
-        "spread": {arm: number(stdev(some), decimals) if len(some) > 1 else "" for arm, some in values.items()},
+        "mean": {arm: number(means.get(arm), of_means) for arm in arms},
+        "spread": {arm: number(stdev(some), of_means) if len(some) > 1 else "" for arm, some in values.items()},
         "seeds": {arm: {seed: number(value, decimals) for seed, value in seeds.items()} for arm, seeds in arms.items()},
     }
 
@@ -145,7 +150,7 @@ def claim_view(claim: Mapping[str, Any]) -> dict[str, Any]:
         "claimed": claimed_range(claim["low"], claim["high"]),
         "mean_text": number(claim["mean"], decimals, sign=True),
         "interval_text": f"{number(low, decimals, True)} to {number(high, decimals, True)}" if low is not None else UNKNOWN,
-        "p_text": UNKNOWN if p is None else f"{p:.2g}" if p >= 0.001 else "below 0.001",
+        "p_text": UNKNOWN if p is None else f"{p:.3g}" if p >= 0.001 else "below 0.001",
         "effect_texts": effects,
         "seeds": len(known(claim["effects"].values())),
         "chart": None,
@@ -200,7 +205,7 @@ def curve_chart(name: str, curves: Mapping[str, Mapping[str, Sequence[float | No
     values = known(chain.from_iterable(point[1:] for point in chain(*points.values())))
     across = Axis.around(known(point[0] for point in chain(*points.values())), margin=0.0)
     up = Axis.around(values, log=min(values) > 0 and max(values) > 100 * min(values))
-    decimals = places(values, 4)
+    decimals = places([some[-1][1] for some in points.values()], 4)
 
     def line(arm: str, some: list[tuple[float, ...]]) -> dict[str, Any]:
         x = [across.at(point[0]) for point in some]
@@ -208,9 +213,7 @@ def curve_chart(name: str, curves: Mapping[str, Mapping[str, Sequence[float | No
         path = [f"{a},{b}" for a, b in zip(x, mean, strict=True)]
         band = [f"{a},{b}" for a, b in [*zip(x, high, strict=True), *zip(x[::-1], low[::-1], strict=True)]]
         labels = [
-            f"{arm}, step {number(point[0], places([point[0]], 3))}: "
-            f"{number(point[1], decimals)} ({number(point[2], decimals)} to {number(point[3], decimals)})"
-            for point in some
+            "{}, step {}: {} ({} to {})".format(arm, *(number(value, places([value], 4)) for value in point)) for point in some
         ]
         hover = list(zip(x, mean, labels, strict=True))[:: ceil(len(some) / 20)]  # enough to hit with a pointer
         last = number(some[-1][1], decimals)

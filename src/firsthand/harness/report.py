@@ -114,8 +114,10 @@ class Method:
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
+        """One column for each metric, those that a claim is about first."""
         of = self.evidence["metrics"] if self.evidence else {}
-        names = dict.fromkeys(name for arm in self.arms for name in of.get(arm, {}))
+        claimed = [metric for claim in self.claims for arm, metric in claim.get("needs", ()) if metric in of.get(arm, {})]
+        names = dict.fromkeys([*claimed, *(name for arm in self.arms for name in of.get(arm, {}))])
         return [metric_column(name, {arm: of.get(arm, {}).get(name, {}) for arm in self.arms}) for name in names]
 
     @cached_property
