@@ -107,6 +107,7 @@ def test_timeout(call, tmp_path):
         (("run", "empty.py"), "empty.py: defines no `study`"),
         (("run", "unknown_arm.py"), "names the arm 'minus', the arms are 'base', 'plus'"),
         (("run", "no_data.py"), "no-such-data"),
+        (("run", "not_here.py"), "Or run with --fallback, on digits."),
         (("run", "toy.py", "--fallback"), "has no fallback data"),
         (("run", "toy.py", "--smoke", "--publish"), "toy"),
         (("run", "toy.py", "--engine", "slurm"), "--engine must be local or ray, got 'slurm'"),
@@ -127,6 +128,7 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(call, tmp_path, words, mess
     write(tmp_path, "x = 1", "empty.py")
     write(tmp_path, TOY.replace('beats("plus"', 'beats("minus"'), "unknown_arm.py")
     write(tmp_path, TOY.replace('equal="everything"', 'equal="", data=("no-such-data",)'), "no_data.py")
+    write(tmp_path, TOY.replace('equal="everything"', 'equal="", data=("smollm2",), fallback=("digits",)'), "not_here.py")
     done = call(*words)
     assert done.returncode == 2, done.stdout + done.stderr
     assert message in done.stderr

@@ -4,7 +4,7 @@ import json
 import sys
 import webbrowser
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from firsthand import catalogue, terminal
 from firsthand.harness import published
-from firsthand.harness.study import StudyError, load_study
+from firsthand.harness.study import Study, StudyError, load_study
 
 if TYPE_CHECKING:
     from firsthand.harness.engines import Engine
@@ -139,10 +139,14 @@ def run(
         fail(f"--engine must be local or ray, got {engine!r}")
     if address and engine != "ray":
         fail("--address goes with --engine ray")
+    options = {"first_seed": first_seed, "smoke": smoke, "device": device, "fallback": fallback, "timeout": timeout}
     failed = False
     for method in methods:
         try:
-            evidence = _run_one(method, seeds, first_seed, smoke, jobs, engine, address, device, timeout, fallback, as_json)
+            study = load_study(method)
+            _need_data(study, fallback)
+            amount = seeds or (1 if smoke else study.seeds)
+            evidence = _run_live(study, amount, _engine(engine, jobs, address, device), err if as_json else out, options)
             if publish:
                 err.print(f"written: {published.publish(evidence)}", soft_wrap=True)
         except StudyError as error:
@@ -156,57 +160,37 @@ def run(
         raise typer.Exit(1)
 
 
-def _run_one(
-    method: str,
-    seeds: int | None,
-    first_seed: int,
-    smoke: bool,
-    jobs: int | None,
-    engine: str,
-    address: str,
-    device: str,
-    timeout: float | None,
-    fallback: bool,
-    as_json: bool,
-) -> published.Evidence:
-    study = load_study(method)
-    _need_data(study.fallback if fallback else study.data, study.fallback if not fallback else ())
-    from firsthand.harness.engines import Local, Ray
+def _run_live(study: Study, seeds: int, engine: "Engine", console: Console, options: dict[str, Any]) -> published.Evidence:
     from firsthand.harness.runner import run
 
-    try:
-        workers: Engine = Ray(address or None) if engine == "ray" else Local(jobs or (1 if device.startswith("cuda") else None))
-    except (ImportError, ConnectionError) as error:
-        fail(str(error))
-    amount = seeds or (1 if smoke else study.seeds)
-    console = err if as_json else out
-    live = terminal.Live(console, list(study.arms), amount)
+    live = terminal.Live(console, list(study.arms), seeds)
     try:
         with live:
-            return run(
-                study,
-                seeds=amount,
-                first_seed=first_seed,
-                smoke=smoke,
-                device=device,
-                fallback=fallback,
-                engine=workers,
-                timeout=timeout,
-                tell=live,
-            )
+            return run(study, seeds=seeds, engine=engine, tell=live, **options)
     except KeyboardInterrupt:
         finished = live.kept + live.ended
         err.print(f"\ninterrupted: {finished} of {live.total} trials are kept; the same command goes on from there")
         raise typer.Exit(130) from None
 
 
-def _need_data(names: tuple[str, ...], fallback: tuple[str, ...]) -> None:
+def _engine(name: str, jobs: int | None, address: str, device: str) -> "Engine":
+    from firsthand.harness.engines import Local, Ray
+
+    if name == "local":
+        return Local(jobs or (1 if device.startswith("cuda") else None))
+    try:
+        return Ray(address or None)
+    except (ImportError, ConnectionError) as error:
+        fail(str(error))
+
+
+def _need_data(study: Study, fallback: bool) -> None:
     from firsthand import data
 
     try:
-        data.require(names)
+        data.require(study.fallback if fallback else study.data)
     except data.DataMissing as error:
-        hint = f" Or run with --fallback, on {', '.join(fallback)}." if fallback else ""
+        hint = f" Or run with --fallback, on {', '.join(study.fallback)}." if study.fallback and not fallback else ""
         fail(f"{error}{hint}")
     except ValueError as error:
         fail(str(error))
