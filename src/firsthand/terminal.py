@@ -25,7 +25,9 @@ def number(value: float | None, signed: bool = False) -> str:
 
 def cost_of(value: float | None) -> str:
     """Three digits, and none for next to nothing."""
-    return "<0.01" if value is not None and value < 0.01 else "-" if value is None else f"{value:.3g}"
+    if value is None:
+        return "-"
+    return "<0.01" if value < 0.01 else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def count(value: float | None) -> str:

@@ -88,8 +88,10 @@ class Local:
         handle.end()
 
     def close(self) -> None:
+        for worker in self._idle:
+            worker.dismiss()
         for worker in self._idle + self._busy:
-            worker.end()
+            worker.end(patience=5.0 if worker in self._idle else 0.0)
         self._idle, self._busy = [], []
 
 
@@ -114,8 +116,13 @@ class _Worker:
             return "its process was killed (out of memory?)", output
         return f"its process ended with exit code {code}", output
 
-    def end(self) -> None:
+    def dismiss(self) -> None:
+        """Nothing more will come: an idle worker then ends by itself, and cleans up after itself."""
         self.connection.close()
+
+    def end(self, patience: float = 0.0) -> None:
+        self.connection.close()
+        self.process.join(patience)
         self.process.kill()
         self.process.join()
         self.log.unlink(missing_ok=True)
