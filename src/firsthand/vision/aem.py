@@ -91,7 +91,17 @@ def attention_entropy(
 class AttentionEntropy(Metric):
     """Mean over bags of the normalised attention entropy, in `[0, 1]`: falling towards 0 says that attention collapses.
 
-    Call `update(scores, mask)` with scores before the softmax, as for `attention_entropy`.
+    Call `update(scores, mask)` with scores before the softmax, as for `attention_entropy`. Over batches and processes the mean is
+    that over all bags.
+
+    Args:
+        kwargs: of `torchmetrics.Metric`.
+
+    Raises:
+        ValueError: in `update`, as `attention_entropy`.
+
+    Source:
+        arXiv 2406.15303, which follows attention entropy over training; normalised as `attention_entropy` says.
     """
 
     is_differentiable = False
