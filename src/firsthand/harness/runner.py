@@ -1,5 +1,7 @@
 """Run a study: every arm at every seed, on an engine, kept trial by trial."""
 
+import importlib
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -9,7 +11,6 @@ from typing import Any
 
 from firsthand.harness import fingerprint, store
 from firsthand.harness.engines import Died, Done, Engine, Local
-from firsthand.harness.evidence import summarise
 from firsthand.harness.published import Evidence
 from firsthand.harness.store import Record
 from firsthand.harness.study import Study, StudyError, load_study, study_name
@@ -132,10 +133,14 @@ def run(
 
     if waiting:
         engine = engine or Local()
+        # Statistics take half a second to import: let that be while the workers start.
+        threading.Thread(target=importlib.import_module, args=("firsthand.harness.evidence",)).start()
         try:
             _work_through(waiting, engine, timeout, end, tell)
         finally:
             engine.close()
+    from firsthand.harness.evidence import summarise
+
     return summarise(
         study,
         list(records.values()),
