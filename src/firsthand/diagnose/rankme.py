@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from scipy.linalg.blas import dsyrk
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -329,12 +328,7 @@ def _moments(Z: Tensor) -> tuple[Tensor, Tensor]:
     for block in Z.split(4096) if len(Z) else ():
         block = block.double()
         total += block.sum(dim=0)
-        if Z.device.type == "cpu":  # one triangle is half the work, and BLAS can add it in place
-            dsyrk(1.0, block.numpy().T, beta=1.0, c=gram.numpy().T, overwrite_c=True)
-        else:
-            gram.addmm_(block.T, block)
-    if Z.device.type == "cpu":
-        gram += gram.tril(-1).T
+        gram.addmm_(block.T, block)
     _check_finite(gram.trace(), Z)
     return gram, total
 
