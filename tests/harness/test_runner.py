@@ -127,6 +127,14 @@ def test_what_a_dead_worker_printed_is_kept(write_arms, go):
     assert "last words" in evidence["failures"][0]["traceback"]
 
 
+def test_an_arm_may_start_processes_of_its_own(write_arms, go):
+    head = "from torch.utils.data import DataLoader"
+    body = "return {'score': float(sum(len(batch) for batch in DataLoader(range(10), batch_size=4, num_workers=1)))}"
+    evidence, _ = go(write_arms(body, head), seeds=1)
+    assert evidence["failures"] == []
+    assert evidence["metrics"]["bad"]["score"] == {"1000": 10.0}
+
+
 def test_a_failed_trial_is_tried_again(write_arms, go, tmp_path):
     path = write_arms(f'return {{"score": 1.0}} if os.path.exists({str(tmp_path / "now")!r}) else 1 / 0')
     evidence, _ = go(path, seeds=3)

@@ -103,7 +103,8 @@ class _Worker:
         handle, name = tempfile.mkstemp(prefix="firsthand-worker-", suffix=".log")
         os.close(handle)
         self.log = Path(name)
-        self.process: SpawnProcess = context.Process(target=_serve, args=(theirs, name), daemon=True)
+        # No daemon: those may not have children, and an arm may load its data in processes. `_end_with_parent` ends it if we go.
+        self.process: SpawnProcess = context.Process(target=_serve, args=(theirs, name))
         with _environment(WORKER_ENVIRONMENT):
             self.process.start()
         theirs.close()
