@@ -93,7 +93,7 @@ def test_result_is_a_float64_scalar():
 # --- what leaves it as it is, and what does not
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 999), scale=st.floats(1e-3, 1e3), columns=st.integers(2, 10))
 def test_scale_rotation_and_copies_change_nothing(seed, scale, columns):
     Z = gaussian(40, columns, seed)
@@ -317,7 +317,7 @@ def test_selection_among_nothing_or_unlike_runs():
 # --- the streaming metric
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(cuts=st.lists(st.integers(1, 119), max_size=5, unique=True), center=st.booleans())
 def test_streaming_is_one_shot_at_any_chunking(cuts, center):
     Z = gaussian(120, 9, dtype=torch.float32)
