@@ -58,13 +58,13 @@ def effect(claim: Mapping[str, Any]) -> str:
 
 def catalogue_table(cards: Sequence[Card], evidence: Mapping[str, Evidence], stale: Mapping[str, bool]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for column in ("method", "area", "changes", "verdict", "effect [95 % interval]", "what it is"):
-        table.add_column(column, no_wrap=column != "what it is", overflow="ellipsis")
+    for column in ("method", "area", "verdict", "effect [95 % interval]", "what it is"):
+        table.add_column(column, no_wrap=True, overflow="ellipsis")
     for card in cards:
         found = evidence.get(card.slug)
         shown = escape(effect(primary(found))) if found else "-"
         about = verdict(found, stale.get(card.slug, False))
-        table.add_row(card.slug, card.area, card.changes, about, shown, escape(card.title))
+        table.add_row(card.slug, card.area, about, shown, escape(card.title))
     return table
 
 
