@@ -57,9 +57,9 @@ def effect(claim: Mapping[str, Any]) -> str:
 
 
 def catalogue_table(cards: Sequence[Card], evidence: Mapping[str, Evidence], stale: Mapping[str, bool]) -> Table:
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, expand=True)
     for column in ("method", "area", "verdict", "effect [95 % interval]", "what it is"):
-        table.add_column(column, no_wrap=True, overflow="ellipsis")
+        table.add_column(column, no_wrap=True, overflow="ellipsis", ratio=1 if column == "what it is" else None)
     for card in cards:
         found = evidence.get(card.slug)
         shown = escape(effect(primary(found))) if found else "-"
