@@ -147,15 +147,15 @@ def run(
             _need_data(study, fallback)
             amount = seeds or (1 if smoke else study.seeds)
             evidence = _run_live(study, amount, _engine(engine, jobs, address, device), err if as_json else out, options)
+            if as_json:
+                _print_json(evidence, indent=None)
+            else:
+                terminal.show_evidence(out, evidence, verbose)
             if publish:
                 err.print(f"written: {published.publish(evidence)}", soft_wrap=True)
         except StudyError as error:
             fail(str(error))
         failed = failed or bool(evidence["failures"]) or _broken(evidence)
-        if as_json:
-            _print_json(evidence, indent=None)
-        else:
-            terminal.show_evidence(out, evidence, verbose)
     if failed:
         raise typer.Exit(1)
 

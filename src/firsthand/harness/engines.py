@@ -54,8 +54,6 @@ class Local:
         jobs: how many at once; by default one per core.
     """
 
-    name = "local"
-
     def __init__(self, jobs: int | None = None) -> None:
         if jobs is not None and jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}")
@@ -193,8 +191,6 @@ class Ray:
         address: of the cluster; by default the one in `RAY_ADDRESS`, or one running on this machine.
     """
 
-    name = "ray"
-
     def __init__(self, address: str | None = None) -> None:
         try:
             import ray as library
@@ -212,7 +208,7 @@ class Ray:
                 where = "this machine" if address == "auto" else address
                 raise ConnectionError(f"no Ray cluster at {where}: start one with `ray start --head`") from error
         self.slots = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        self._running: dict[Any, Any] = {}  # stream of events -> handle, which is the stream itself
+        self._running: set[Any] = set()  # streams of events, which are the handles
 
     def start(self, work: Work) -> Any:
         gpu = {"num_gpus": 1} if work.device.startswith("cuda") else {}
@@ -220,7 +216,7 @@ class Ray:
             num_cpus=1, max_retries=0, num_returns="streaming", runtime_env={"env_vars": WORKER_ENVIRONMENT}, **gpu
         )(_stream)
         stream = remote.remote(work)
-        self._running[stream] = stream
+        self._running.add(stream)
         return stream
 
     def wait(self, seconds: float) -> Iterator[tuple[Any, Event | Done | Died]]:
@@ -236,11 +232,11 @@ class Ray:
             except self._ray.exceptions.RayError as error:
                 event = Died("its worker died", str(error))
             if isinstance(event, Done | Died):
-                del self._running[stream]
+                self._running.remove(stream)
             yield stream, event
 
     def stop(self, handle: Any) -> None:
-        del self._running[handle]
+        self._running.remove(handle)
         self._ray.cancel(handle, force=True)
 
     def close(self) -> None:
