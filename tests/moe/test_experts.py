@@ -269,3 +269,17 @@ def test_activation_names_are_those_of_the_hosts():
     other = nn.Mish()
     assert activation_name(other) is other
     assert copy.deepcopy(other)(x).shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sizes", [{"tokens": 1}, {"tokens": 2}, {"tokens": 8, "experts": 40, "dim": 64}, {"tokens": 1, "dim": 256, "hidden": 320}]
+)
+@pytest.mark.parametrize("extra", [{}, {"bias": True}, {"ragged": True}, {"gated": False}])
+def test_few_tokens_without_a_backward_pass_take_other_ways_to_the_same_place(dtype, sizes, extra):
+    inputs = problem(dtype=dtype, **sizes, **extra)
+    with torch.no_grad():
+        ours, expected = moe_forward(**inputs), moe_forward(**inputs, impl="loop")
+        assert (ours - expected).abs().max() <= (0.03 if dtype == torch.bfloat16 else 1e-5) * expected.abs().max()
+    with torch.no_grad(), pytest.raises(ValueError, match="index must be in"):
+        moe_forward(**(inputs | {"index": inputs["index"] - 50}))

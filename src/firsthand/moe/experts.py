@@ -22,6 +22,11 @@ ROWS = 2048
 """How many rows the experts taken together should have: few enough for the cache, enough for two threads."""
 
 
+# With no backward pass to come, few tokens are better off otherwise. Up to so many numbers, the chosen experts are copied out and
+# multiplied at once. Up to so many pairs per expert `grouped_mm` is used: for experts up to this size, and for a single token.
+GATHERED, FEW, SMALL = 2**17, 4, 2**17
+
+
 class Dispatch(NamedTuple):
     """Which (token, choice) pairs each expert gets.
 
@@ -49,8 +54,10 @@ def dispatch(index: Int[Tensor, "tokens k"], num_experts: int) -> Dispatch:
     if num_experts < 1:
         raise ValueError(f"num_experts must be at least 1, got {num_experts}")
     flat = index.flatten()
-    if len(flat) and (int(flat.min()) < 0 or int(flat.max()) > num_experts):
-        raise ValueError(f"index must be in [0, {num_experts}], got values in [{flat.min()}, {flat.max()}]")
+    if len(flat):
+        low, high = (int(bound) for bound in flat.aminmax())
+        if low < 0 or high > num_experts:
+            raise ValueError(f"index must be in [0, {num_experts}], got values in [{low}, {high}]")
     counts = torch.bincount(flat, minlength=num_experts + 1)[:num_experts]
     # Few bits make a radix sort of few passes: a tenth of the time that int64 keys take.
     keys = flat.to(torch.uint8 if num_experts < 256 else torch.int16 if num_experts < 2**15 else torch.int64)
@@ -111,7 +118,13 @@ def moe_forward(
         bias1, bias2 = (None if bias is None else bias.to(dtype) for bias in (bias1, bias2))
     reason = _ungrouped(tokens, gate_up, down)
     if impl == "auto":
-        impl = "loop" if kind == "cpu" or reason else "grouped"
+        impl = "loop" if reason or kind == "cpu" else "grouped"
+        if kind == "cpu" and not (torch.is_grad_enabled() and _any_requires_grad(x, weights, gate_up, down, bias1, bias2)):
+            pairs, expert = index.numel(), down[0].numel() + gate_up[0].numel()
+            if 0 < pairs * expert <= GATHERED and bias1 is None and bias2 is None and int(index.max()) < len(down):
+                return _gathered(tokens, index, weights, gate_up, down, act).to(x.dtype).view_as(x)
+            if pairs <= FEW * len(down) and (expert <= SMALL or len(index) == 1) and not reason:
+                impl = "grouped"
     if impl == "grouped":
         if reason:
             raise ValueError(f"impl='grouped' {reason}")
@@ -169,27 +182,28 @@ class _Experts(torch.autograd.Function):
         token = order // index.shape[1]
         weight = weights.flatten()[order].unsqueeze(1)
         pairs, inner, hidden, dim = len(order), gate_up.shape[1], down.shape[2], x.shape[1]
-        groups = list(_groups(counts.tolist()))
-        most = max((group.stop - group.start for group in groups), default=0)
+        busy = [(e, count) for e, count in enumerate(counts.tolist()) if count]
+        experts, groups = [e for e, _ in busy], list(_groups([count for _, count in busy]))
+        most = max((sum(group.counts) for group in groups), default=0)
 
         keep = any(ctx.needs_input_grad) and not recompute
         h_all = x.new_empty(pairs if keep else most, inner)
         y = x.new_empty(pairs, dim)
         space = [x.new_empty(most, width) for width in (dim, hidden)]
-        first, second = gate_up.unbind(), down.unbind()
+        first, second = _pick(gate_up, experts), _pick(down, experts)
+        first_bias, second_bias = (None if bias is None else _pick(bias, experts) for bias in (bias1, bias2))
         for group in groups:
-            rows = slice(group.start, group.stop)
-            size = group.stop - group.start
+            size = sum(group.counts)
             xs, a = (buffer[:size] for buffer in space)
-            torch.index_select(x, 0, token[rows], out=xs)
-            h = h_all[rows] if keep else h_all[:size]
-            _each(group, h, xs, first, bias1)
+            torch.index_select(x, 0, token[group.rows], out=xs)
+            h = h_all[group.rows] if keep else h_all[:size]
+            _each(group, h, xs, first, first_bias)
             _activate(act, h, hidden, a)
-            a.mul_(weight[rows])
-            _each(group, y[rows], a, second, None)
-            if bias2 is not None:
-                for expert, part, w in group.split(y[rows], weight[rows]):
-                    part.addcmul_(w, bias2[expert])
+            a.mul_(weight[group.rows])
+            _each(group, y[group.rows], a, second)
+            if second_bias is not None:
+                for part, w, b in group.split(y[group.rows], weight[group.rows], second_bias):
+                    part.addcmul_(w, b)
         place = torch.empty(index.numel(), dtype=torch.int64, device=x.device).index_copy_(
             0, order, torch.arange(pairs, device=x.device)
         )
@@ -201,7 +215,7 @@ class _Experts(torch.autograd.Function):
             chosen = starts = None
             place = place.view(index.shape)
         ctx.save_for_backward(x, token, weight, place, starts, chosen, gate_up, down, bias1, bias2, h_all if keep else None)
-        ctx.groups, ctx.most, ctx.act, ctx.shape = groups, most, act, weights.shape
+        ctx.experts, ctx.groups, ctx.most, ctx.act, ctx.shape = experts, groups, most, act, weights.shape
         return _sum_rows(y, place, starts)
 
     @staticmethod
@@ -215,32 +229,36 @@ class _Experts(torch.autograd.Function):
         dout = dout.contiguous()
 
         # An expert without rows is in no group, so its gradients are the zeros they start with.
-        busy = sum(len(group.counts) for group in ctx.groups)
-        new = torch.empty_like if busy == len(down) else torch.zeros_like
+        experts, groups = ctx.experts, ctx.groups
+        new = torch.empty_like if len(experts) == len(down) else torch.zeros_like
         dgate_up = new(gate_up, memory_format=torch.contiguous_format) if needs_gate_up else None
         ddown = new(down, memory_format=torch.contiguous_format) if needs_down else None
         dbias1 = new(bias1) if needs_bias1 else None
         dbias2 = new(bias2) if needs_bias2 else None
+        dfirst, dsecond, dfirst_bias, dsecond_bias = (
+            None if grad is None else _pick(grad, experts) for grad in (dgate_up, ddown, dbias1, dbias2)
+        )
         dweight = weight.new_empty(len(token)) if needs_weights else None
         dx = x.new_empty(len(token), dim) if needs_x else None
 
-        first, first_t, second_t = gate_up.unbind(), gate_up.transpose(1, 2).unbind(), down.transpose(1, 2).unbind()
-        dfirst, dsecond = (None if grad is None else grad.unbind() for grad in (dgate_up, ddown))
+        first = None if h_all is not None else _pick(gate_up, experts)
+        first_t, second_t = (_pick(w.transpose(1, 2), experts) for w in (gate_up, down))
+        first_bias, second_bias = (None if bias is None else _pick(bias, experts) for bias in (bias1, bias2))
         widths = (dim, dim, hidden, hidden, hidden, inner, *([inner] if h_all is None else []))
         space = [x.new_empty(most, width) for width in widths]
-        for group in ctx.groups:
-            rows = slice(group.start, group.stop)
-            size, w = group.stop - group.start, weight[group.start : group.stop]
+        for group in groups:
+            rows, size = group.rows, sum(group.counts)
+            w = weight[rows]
             xs, dy, a, da, slope, dh, *recomputed = (buffer[:size] for buffer in space)
-            if h_all is None or needs_gate_up:
+            if h_all is None or dfirst is not None:
                 torch.index_select(x, 0, token[rows], out=xs)
             if h_all is None:
                 h = recomputed[0]
-                _each(group, h, xs, first, bias1)
+                _each(group, h, xs, first, first_bias)
             else:
                 h = h_all[rows]
             torch.index_select(dout, 0, token[rows], out=dy)
-            _each(group, da, dy, second_t, None)
+            _each(group, da, dy, second_t)
             phi = a
             if gated:
                 phi = _forward(act, h[:, :hidden], out=slope)
@@ -249,14 +267,14 @@ class _Experts(torch.autograd.Function):
                 _forward(act, h, out=a)
             if dweight is not None:
                 torch.sum(torch.mul(a, da, out=dh[:, :hidden]), 1, out=dweight[rows])
-                if bias2 is not None:
-                    for expert, part, d in group.split(dweight[rows], dy):
-                        part.addmv_(d, bias2[expert])
+                if second_bias is not None:
+                    for part, d, b in group.split(dweight[rows], dy, second_bias):
+                        part.addmv_(d, b)
             if dsecond is not None:
                 _each_outer(group, dsecond, dy, a.mul_(w))
-            if dbias2 is not None:
-                for expert, d, s in group.split(dy, w):
-                    torch.mv(d.t(), s.squeeze(1).to(d.dtype), out=dbias2[expert])
+            if dsecond_bias is not None:
+                for out, d, s in group.split(dsecond_bias, dy, w):
+                    torch.mv(d.t(), s.squeeze(1).to(d.dtype), out=out)
             if not needs_h:
                 continue
             da.mul_(w)
@@ -268,11 +286,11 @@ class _Experts(torch.autograd.Function):
                 _backward(act, da, h, out=dh)
             if dfirst is not None:
                 _each_outer(group, dfirst, dh, xs)
-            if dbias1 is not None:
-                for expert, d in group.split(dh):
-                    torch.sum(d, 0, out=dbias1[expert])
+            if dfirst_bias is not None:
+                for out, d in group.split(dfirst_bias, dh):
+                    torch.sum(d, 0, out=out)
             if dx is not None:
-                _each(group, dx[rows], dh, first_t, None)
+                _each(group, dx[rows], dh, first_t)
 
         if dweight is not None:
             back = dweight.new_zeros(ctx.shape.numel())
@@ -295,56 +313,57 @@ class _Experts(torch.autograd.Function):
 
 
 class _Group(NamedTuple):
-    """Neighbouring experts whose rows, from `start` to `stop`, are worked on together; each has at least one row."""
+    """Experts with neighbouring rows, `rows`, that are worked on together. `mine` is their place among the experts that have
+    any."""
 
-    first: int
+    mine: slice
     counts: list[int]
-    start: int
-    stop: int
+    rows: slice
 
-    def split(self, *tensors: Tensor) -> Iterator[tuple[Any, ...]]:
-        """Each expert, and its rows of each tensor."""
-        parts = [tensor.split(self.counts) for tensor in tensors]
-        return zip(range(self.first, self.first + len(self.counts)), *parts, strict=True)
+    def split(self, *tensors: Tensor | Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+        """Each expert's rows of each tensor; of what is one tensor per expert, the expert's."""
+        parts = [t.split(self.counts) if isinstance(t, Tensor) else t[self.mine] for t in tensors]
+        return zip(*parts, strict=True)
 
 
 def _groups(counts: Sequence[int]) -> Iterator[_Group]:
-    first, mine, start, stop = 0, [], 0, 0
-    for expert, count in enumerate([*counts, 0]):
+    first, mine, start = 0, [], 0
+    for count in [*counts, 0]:
+        stop = start + sum(mine)
         if mine and (count == 0 or stop + count - start > ROWS):
-            yield _Group(first, mine, start, stop)
-            mine = []
-        if not mine:
-            first, start = expert, stop
-        if count:
-            mine.append(count)
-            stop += count
+            yield _Group(slice(first, first + len(mine)), mine, slice(start, stop))
+            first, mine, start = first + len(mine), [], stop
+        mine.append(count)
 
 
-def _each(group: _Group, out: Tensor, rows: Tensor, weight: Sequence[Tensor], bias: Tensor | None) -> None:
-    """`rows @ weight[expert].T + bias[expert]`, each expert on its rows."""
-    last = group.first + len(group.counts)
-    mine = zip(rows.split(group.counts), weight[group.first : last], strict=True)
+def _pick(weight: Tensor, experts: Sequence[int]) -> Sequence[Tensor]:
+    """These experts' weights, as views."""
+    if 4 * len(experts) < len(weight):
+        return [weight[e] for e in experts]
+    parts = weight.unbind()
+    return parts if len(experts) == len(weight) else [parts[e] for e in experts]
+
+
+def _each(group: _Group, out: Tensor, rows: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor] | None = None) -> None:
+    """`rows @ weight.T + bias`, each expert on its rows."""
     if bias is not None:
-        results = [_linear(r, w, b) for (r, w), b in zip(mine, bias[group.first : last].unbind(), strict=True)]
+        results = [_linear(r, w, b) for r, w, b in group.split(rows, weight, bias)]
     elif _use_onednn(rows, weight[0]):
-        results = [_ONEDNN(r, w, None, "none", [], "") for r, w in mine]
+        results = [_ONEDNN(r, w, None, "none", [], "") for r, w in group.split(rows, weight)]
     else:
-        for (r, w), o in zip(mine, out.split(group.counts), strict=True):
+        for r, w, o in group.split(rows, weight, out):
             torch.mm(r, w.t(), out=o)
         return
     torch.cat(results, out=out)
 
 
 def _each_outer(group: _Group, out: Sequence[Tensor], left: Tensor, right: Tensor) -> None:
-    """`out[expert] = left.T @ right`, over each expert's rows."""
-    mine = out[group.first : group.first + len(group.counts)]
-    parts = zip(mine, left.split(group.counts), right.split(group.counts), strict=True)
-    if _use_onednn(left, mine[0], smallest=2**14):
-        for o, one, other in parts:
+    """`out = left.T @ right`, over each expert's rows."""
+    if _use_onednn(left, out[0], smallest=2**14):
+        for o, one, other in group.split(out, left, right):
             o.copy_(_ONEDNN(one.t(), other.t(), None, "none", [], ""))
     else:
-        for o, one, other in parts:
+        for o, one, other in group.split(out, left, right):
             torch.mm(one.t(), other, out=o)
 
 
@@ -457,7 +476,7 @@ def _grouped(
     if len(order) == 0:  # nothing to multiply, and grouped_mm has no backward for that
         return _Experts.apply(x, index, weights, gate_up, down, bias1, bias2, act, False)
     token = order // index.shape[1]
-    expert = index.flatten()[order]
+    expert = None if bias1 is None and bias2 is None else index.flatten()[order]
     phi = act if callable(act) else {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}.get(act, _gelu_tanh)
     h = F.grouped_mm(x[token], gate_up.transpose(1, 2), offs=offsets)
     if bias1 is not None:
@@ -467,10 +486,26 @@ def _grouped(
     y = F.grouped_mm(a, down.transpose(1, 2), offs=offsets)
     if bias2 is not None:
         y = y + bias2[expert]
-    y = y * weights.flatten()[order].unsqueeze(1).to(y.dtype)
     # Each pair in a place of its own and then a sum: unlike adding into tokens, the same in each run on a GPU.
-    spread = y.new_zeros(index.numel(), y.shape[1]).index_copy(0, order, y)
-    return spread.view(*index.shape, -1).sum(1)
+    spread = y.new_zeros(index.numel(), y.shape[1]).index_copy_(0, order, y)
+    return torch.bmm(weights.to(y.dtype).unsqueeze(1), spread.view(*index.shape, -1)).squeeze(1)
+
+
+def _gathered(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: Activation) -> Tensor:
+    """The same for a few tokens, of which each gets copies of its experts: no sorting, a handful of calls."""
+    if int(index.min()) < 0:
+        raise ValueError(f"index must be in [0, {len(down)}], got {index.min()}")
+    chosen, (inner, dim), hidden = index.flatten(), gate_up.shape[1:], down.shape[2]
+    first = gate_up.index_select(0, chosen).view(len(x), -1, dim)
+    h = torch.bmm(first, x.unsqueeze(2)).view(-1, inner)
+    a = h.new_empty(len(chosen), hidden)
+    _activate(act, h, hidden, a)
+    y = torch.bmm(down.index_select(0, chosen), a.unsqueeze(2)).view(*index.shape, dim)
+    return torch.bmm(weights.to(y.dtype).unsqueeze(1), y).squeeze(1)
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
