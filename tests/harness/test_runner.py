@@ -182,6 +182,8 @@ def test_costs_are_measured(write_study, go):
             optimizer = torch.optim.SGD(model.parameters(), 0.1)
             model(torch.ones(1, width)).sum().backward()
             optimizer.step()
+            optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))]})  # as when experts are spawned
+            optimizer.step()
             begun = time.process_time()
             while time.process_time() - begun < 0.3:
                 pass
@@ -198,7 +200,7 @@ def test_costs_are_measured(write_study, go):
     """
     evidence, _ = go(write_study(text), seeds=1)
     train, hungry = evidence["costs"]["train"], evidence["costs"]["hungry"]
-    assert (train["parameters"], train["active_parameters"], train["trained_parameters"]) == (11, 5, 10)
+    assert (train["parameters"], train["active_parameters"], train["trained_parameters"]) == (11, 5, 13)
     assert hungry["trained_parameters"] is None
     assert train["cpu_s"] > 0.29
     assert hungry["wall_s"] > 0.29 > hungry["cpu_s"]

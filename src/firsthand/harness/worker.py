@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -136,12 +136,13 @@ def _seed_everything(seed: int) -> None:
 @contextmanager
 def _costs(costs: dict[str, float | None], trial: Trial) -> Iterator[None]:
     """Measure what runs inside: seconds, peak memory, and how many parameters the largest optimiser steps."""
-    seen: WeakSet[torch.optim.Optimizer] = WeakSet()
+    seen: WeakKeyDictionary[torch.optim.Optimizer, int] = WeakKeyDictionary()
     trained: list[int] = []
 
     def see(optimizer: torch.optim.Optimizer, args: object, kwargs: object) -> None:
-        if optimizer not in seen:
-            seen.add(optimizer)
+        tensors = sum(len(group["params"]) for group in optimizer.param_groups)
+        if seen.get(optimizer) != tensors:  # a new one, or one that was given more in the middle of training
+            seen[optimizer] = tensors
             trained.append(sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad))
 
     cuda = trial.device.type == "cuda"
