@@ -35,3 +35,12 @@ from .smoe_dropout import SMoEDropoutCallback as SMoEDropoutCallback
 from .smoe_dropout import set_active_experts as set_active_experts
 from .smoe_dropout import smoe_dropout_convert as smoe_dropout_convert
 from .smoe_dropout import smoe_dropout_num_experts as smoe_dropout_num_experts
+from .uoe import SingleExpertUnlearner as SingleExpertUnlearner
+from .uoe import expert_affinity as expert_affinity
+from .uoe import expert_affinity_from as expert_affinity_from
+from .uoe import npo_loss as npo_loss
+from .uoe import rmu_loss as rmu_loss
+from .uoe import router_anchor_loss as router_anchor_loss
+from .uoe import select_experts as select_experts
+from .uoe import selection_overlap as selection_overlap
+from .uoe import sequence_log_probs as sequence_log_probs
