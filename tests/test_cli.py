@@ -67,6 +67,11 @@ def test_run_prints_claims_and_arms_in_plain_text(call, tmp_path):
     assert "seed 1000  base  ok" in done.stdout
 
 
+def test_generated_data_are_there(call, tmp_path):
+    generated = TOY.replace('equal="everything"', 'equal="everything", data=("generated",)')
+    assert call("run", write(tmp_path, generated), "--smoke").returncode == 0
+
+
 def test_run_json_is_one_line_of_evidence_for_each_study(call, tmp_path):
     done = call("run", write(tmp_path, TOY), write(tmp_path, TOY, "other.py"), "--seeds", "3", "--first-seed", "7", "--json")
     assert done.returncode == 0, done.stderr

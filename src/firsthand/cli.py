@@ -187,8 +187,9 @@ def _engine(name: str, jobs: int | None, address: str, device: str) -> "Engine":
 def _need_data(study: Study, fallback: bool) -> None:
     from firsthand import data
 
+    names = study.fallback if fallback else study.data
     try:
-        data.require(study.fallback if fallback else study.data)
+        data.require(tuple(name for name in names if name != "generated"))  # by the study itself
     except data.DataMissing as error:
         hint = f" Or run with --fallback, on {', '.join(study.fallback)}." if study.fallback and not fallback else ""
         fail(f"{error}{hint}")
