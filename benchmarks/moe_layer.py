@@ -8,11 +8,13 @@ float32.
 """
 
 import copy
+import itertools
 import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +51,8 @@ def race(contestants: dict[str, tuple[str, dict]], rounds: int = ROUNDS, repeats
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def step(module: nn.Module, x: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+def step(module: nn.Module, inputs: Iterator[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
+    x = next(inputs)
     module.zero_grad()
     x.grad = None
     y = module(x)
@@ -72,17 +75,19 @@ def training() -> None:
     print(f"{'D, F, E, k, T':>24}  peer / ours  ours / limit  fastest peer")
     for dim, hidden, experts, top_k, tokens in SIZES:
         generator = torch.Generator().manual_seed(1)
-        x = torch.randn(1, tokens, dim, generator=generator, requires_grad=True)
+        # Other tokens in each step, as in training: libraries cache what they compile for the sizes that they have seen.
+        x = [torch.randn(1, tokens, dim, generator=generator, requires_grad=True) for _ in range(ROUNDS)]
         dy = torch.randn(1, tokens, dim, generator=generator)
         blocks = {name: block(dim, hidden, experts, top_k, name) for name in ("eager", "grouped_mm", "firsthand")}
-        results = {name: [part.clone() for part in step(module, x, dy)] for name, module in blocks.items()}
+        results = {name: [part.clone() for part in step(module, iter(x), dy)] for name, module in blocks.items()}
         for ours, expected in zip(results["firsthand"], results["eager"], strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
         pairs = tokens * top_k
         a, c = torch.randn(pairs, dim), torch.randn(pairs, hidden)
         b, d, e = torch.randn(2 * hidden, dim), torch.randn(dim, hidden), torch.empty(pairs, 2 * hidden)
         contestants = {
-            name: ("step(module, x, dy)", {"step": step, "module": module, "x": x, "dy": dy}) for name, module in blocks.items()
+            name: ("step(module, x, dy)", {"step": step, "module": module, "x": itertools.cycle(x), "dy": dy})
+            for name, module in blocks.items()
         }
         limit = ("products(a, b, c, d, e)", {"products": products, "a": a, "b": b, "c": c, "d": d, "e": e})
         seconds = race(contestants | {"limit": limit})
@@ -129,10 +134,10 @@ def peak(place: int, backend: str) -> None:
     dim, hidden, experts, top_k, tokens = SIZES[place]
     module = block(dim, hidden, experts, top_k, backend)
     x, dy = torch.randn(1, tokens, dim, requires_grad=True), torch.randn(1, tokens, dim)
-    step(module, x[:, :64].detach().requires_grad_(), dy[:, :64])  # libraries allocate on first use
+    step(module, iter([x[:, :64].detach().requires_grad_()]), dy[:, :64])  # libraries allocate on first use
     module.zero_grad()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step(module, x, dy)
+    step(module, iter([x]), dy)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
@@ -144,14 +149,14 @@ def whole_model() -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     start = MixtralForCausalLM(config)
-    tokens = torch.randint(3, 512, (8, 256))
+    batches = [torch.randint(3, 512, (8, 256)) for _ in range(8)]
     models, losses = {}, {}
     for backend in ("eager", "grouped_mm", "firsthand"):
         model = copy.deepcopy(start)
         model.set_experts_implementation(backend)
         models[backend] = (model, torch.optim.AdamW(model.parameters(), lr=1e-3))
     times: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(8):
+    for tokens in batches:
         for name, (model, optimizer) in models.items():
             began = time.perf_counter()
             loss = model(tokens, labels=tokens).loss

@@ -18,6 +18,11 @@ from .blocks import expert_state_dict as expert_state_dict
 from .blocks import moe_blocks as moe_blocks
 from .blocks import register_experts_backend as register_experts_backend
 from .blocks import set_expert as set_expert
+from .emoe import EMoEMLP as EMoEMLP
+from .emoe import balanced_assignment as balanced_assignment
+from .emoe import cluster_ffn_neurons as cluster_ffn_neurons
+from .emoe import emoe_convert as emoe_convert
+from .emoe import emoe_merge as emoe_merge
 from .evomoe import DTSGateOutput as DTSGateOutput
 from .evomoe import DTSRouter as DTSRouter
 from .evomoe import EvoMoECallback as EvoMoECallback
@@ -38,6 +43,12 @@ from .layer import MoE as MoE
 from .layer import Routing as Routing
 from .layer import TopKRouter as TopKRouter
 from .load import ExpertLoad as ExpertLoad
+from .routing import moe_block_forward as moe_block_forward
+from .routing import renormalizes as renormalizes
+from .routing import route_at_random as route_at_random
+from .routing import route_by_rank as route_by_rank
+from .routing import route_by_threshold as route_by_threshold
+from .routing import routing_override as routing_override
 from .smoe_dropout import RandomRouter as RandomRouter
 from .smoe_dropout import SMoEDropout as SMoEDropout
 from .smoe_dropout import SMoEDropoutCallback as SMoEDropoutCallback

@@ -240,7 +240,8 @@ class GlobalBatchBalance(nn.Module):
         Every rank calls it once a step, before the first `forward` with a gradient.
 
         Args:
-            router_logits: of each layer, for each micro-batch of this rank. From a generator, one micro-batch at a time is kept.
+            router_logits: of each layer, for each micro-batch of this rank. From a generator that runs the model, one
+                micro-batch at a time is kept, and no graph.
             token_masks: of each micro-batch, as for `forward`.
 
         Raises:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 Activation = str | Callable[[Tensor], Tensor]
 
-ROWS = 2048
+ROWS = 4096
 """How many rows the experts taken together should have: few enough for the cache, enough for two threads."""
 
 
@@ -189,7 +189,7 @@ class _Experts(torch.autograd.Function):
         keep = any(ctx.needs_input_grad) and not recompute
         h_all = x.new_empty(pairs if keep else most, inner)
         y = x.new_empty(pairs, dim)
-        space = [x.new_empty(most, width) for width in (dim, hidden)]
+        space = [x.new_empty(most + SPARE, width) for width in (dim, hidden)]
         first, second = _pick(gate_up, experts), _pick(down, experts)
         first_bias, second_bias = (None if bias is None else _pick(bias, experts) for bias in (bias1, bias2))
         for group in groups:
@@ -245,7 +245,7 @@ class _Experts(torch.autograd.Function):
         first_t, second_t = (_pick(w.transpose(1, 2), experts) for w in (gate_up, down))
         first_bias, second_bias = (None if bias is None else _pick(bias, experts) for bias in (bias1, bias2))
         widths = (dim, dim, hidden, hidden, hidden, inner, *([inner] if h_all is None else []))
-        space = [x.new_empty(most, width) for width in widths]
+        space = [x.new_empty(most + SPARE, width) for width in widths]
         for group in groups:
             rows, size = group.rows, sum(group.counts)
             w = weight[rows]
@@ -345,36 +345,51 @@ def _pick(weight: Tensor, experts: Sequence[int]) -> Sequence[Tensor]:
 
 
 def _each(group: _Group, out: Tensor, rows: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor] | None = None) -> None:
-    """`rows @ weight.T + bias`, each expert on its rows."""
-    if bias is not None:
-        results = [_linear(r, w, b) for r, w, b in group.split(rows, weight, bias)]
-    elif _use_onednn(rows, weight[0]):
-        results = [_ONEDNN(r, w, None, "none", [], "") for r, w in group.split(rows, weight)]
-    else:
-        for r, w, o in group.split(rows, weight, out):
-            torch.mm(r, w.t(), out=o)
+    """`rows @ weight.T + bias`, each expert on its rows; in memory, `SPARE` more rows follow them."""
+    biases = [None] * len(group.counts) if bias is None else bias[group.mine]
+    if not _use_onednn(rows, weight[0], smallest=2**12):
+        for r, w, b, o in zip(rows.split(group.counts), weight[group.mine], biases, out.split(group.counts), strict=True):
+            if b is None:
+                torch.mm(r, w.t(), out=o)
+            else:
+                torch.addmm(b, r, w.t(), out=o)
         return
+    results, start, width = [], rows.storage_offset(), rows.shape[1]
+    for count, w, b in zip(group.counts, weight[group.mine], biases, strict=True):
+        more = rows.as_strided((_round_up(count), width), (width, 1), start)
+        results.append(_ONEDNN(more, w, b, "none", [], "")[:count])
+        start += count * width
     torch.cat(results, out=out)
 
 
 def _each_outer(group: _Group, out: Sequence[Tensor], left: Tensor, right: Tensor) -> None:
     """`out = left.T @ right`, over each expert's rows."""
-    if _use_onednn(left, out[0], smallest=2**14):
-        for o, one, other in group.split(out, left, right):
-            o.copy_(_ONEDNN(one.t(), other.t(), None, "none", [], ""))
-    else:
-        for o, one, other in group.split(out, left, right):
+    onednn = _use_onednn(left, out[0], smallest=2**17)
+    for o, one, other in group.split(out, left, right):
+        whole = len(one) // SPARE * SPARE if onednn else 0
+        if whole == 0:
             torch.mm(one.t(), other, out=o)
+            continue
+        o.copy_(_ONEDNN(one[:whole].t(), other[:whole].t(), None, "none", [], ""))
+        if whole < len(one):
+            o.addmm_(one[whole:].t(), other[whole:])
 
 
-def _use_onednn(x: Tensor, matrix: Tensor, smallest: int = 2**12) -> bool:
+def _use_onednn(x: Tensor, matrix: Tensor, smallest: int) -> bool:
     """Its results come in memory of their own: where `matrix` is small the copy costs more than the faster product gains."""
     usable = _ONEDNN is not None and torch.backends.mkldnn.enabled and x.dtype == torch.float32 and x.device.type == "cpu"
     return usable and matrix.numel() > smallest
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return _ONEDNN(x, weight, bias, "none", [], "") if _use_onednn(x, weight) else F.linear(x, weight, bias)
+SPARE = 32
+
+
+def _round_up(count: int) -> int:
+    """To one of few numbers of rows: oneDNN compiles a kernel for each shape, and experts never have as many rows twice.
+
+    What it computes in the rows too many is thrown away.
+    """
+    return -(-count // SPARE) * SPARE if count > SPARE else 1 << (count - 1).bit_length()
 
 
 # What torch's compiler calls for a float32 linear layer on a CPU, in full float32 precision. On processors that are not Intel's
