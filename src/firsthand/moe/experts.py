@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 Activation = str | Callable[[Tensor], Tensor]
 
-ROWS = 4096
-"""How many rows the experts taken together should have: few enough for the cache, enough for two threads."""
+SCRATCH = 2**20
+"""How many numbers the experts that are taken together have between their products: few enough for the cache."""
 
 
 # With no backward pass to come, few tokens are better off otherwise. Up to so many numbers, the chosen experts are copied out and
@@ -183,7 +183,8 @@ class _Experts(torch.autograd.Function):
         weight = weights.flatten()[order].unsqueeze(1)
         pairs, inner, hidden, dim = len(order), gate_up.shape[1], down.shape[2], x.shape[1]
         busy = [(e, count) for e, count in enumerate(counts.tolist()) if count]
-        experts, groups = [e for e, _ in busy], list(_groups([count for _, count in busy]))
+        rows = SCRATCH // (2 * dim + 3 * hidden + inner)
+        experts, groups = [e for e, _ in busy], list(_groups([count for _, count in busy], rows))
         most = max((sum(group.counts) for group in groups), default=0)
 
         keep = any(ctx.needs_input_grad) and not recompute
@@ -326,11 +327,12 @@ class _Group(NamedTuple):
         return zip(*parts, strict=True)
 
 
-def _groups(counts: Sequence[int]) -> Iterator[_Group]:
+def _groups(counts: Sequence[int], rows: int) -> Iterator[_Group]:
+    """As many experts each as have no more than `rows` together, but at least one."""
     first, mine, start = 0, [], 0
     for count in [*counts, 0]:
         stop = start + sum(mine)
-        if mine and (count == 0 or stop + count - start > ROWS):
+        if mine and (count == 0 or stop + count - start > rows):
             yield _Group(slice(first, first + len(mine)), mine, slice(start, stop))
             first, mine, start = first + len(mine), [], stop
         mine.append(count)
