@@ -9,12 +9,12 @@ float32.
 
 import copy
 import itertools
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -117,7 +117,7 @@ def decoding() -> None:
 
 
 def memory() -> None:
-    """Each in a process of its own, for a process's peak does not come down."""
+    """Each in a process of its own, as memory that a process has freed may stay with it."""
     print("\npeak memory of forward and backward, beyond what is there before")
     print(f"{'D, F, E, k, T':>24}  ours / peer  leanest peer")
     for place, sizes in enumerate(SIZES):
@@ -136,9 +136,15 @@ def peak(place: int, backend: str) -> None:
     x, dy = torch.randn(1, tokens, dim, requires_grad=True), torch.randn(1, tokens, dim)
     step(module, iter([x[:, :64].detach().requires_grad_()]), dy[:, :64])  # libraries allocate on first use
     module.zero_grad()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far, which is that of the imports
+    before = resident("VmRSS")
     step(module, iter([x]), dy)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    print(resident("VmHWM") - before)
+
+
+def resident(what: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(what))
 
 
 def whole_model() -> None:
