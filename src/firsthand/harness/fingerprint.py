@@ -12,8 +12,11 @@ import json
 import platform
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+from firsthand.harness.store import default_root, write_whole
 
 PACKAGE = Path(__file__).parent.parent
 TRIAL = Path(__file__).parent / "trial.py"
@@ -23,7 +26,7 @@ def code_fingerprint(study: Path) -> str:
     """Fingerprint of a study file and of every module of ours (or beside it) that it reaches by imports."""
     digest = hashlib.sha256()
     for path in sources(study):
-        digest.update(_name(path, study).encode() + b"\0" + _normalised(_read(path)).encode() + b"\0")
+        digest.update(_name(path, study).encode() + b"\0" + _facts(path)[0].encode() + b"\0")
     return digest.hexdigest()
 
 
@@ -59,7 +62,27 @@ def library_versions(study: Path) -> dict[str, str]:
 
 
 def _imported(path: Path) -> tuple[str, ...]:
-    return _imports(_read(path), _dotted(path.parent))
+    return _facts(path)[1]
+
+
+def _facts(path: Path) -> tuple[str, tuple[str, ...]]:
+    """A file's code without comments and docstrings, and what it imports."""
+    return _facts_of(_read(path), _dotted(path.parent))
+
+
+@cache
+def _facts_of(code: str, package: str) -> tuple[str, tuple[str, ...]]:
+    """Kept in the user's cache: parsing all methods would take `firsthand list` more than a second."""
+    name = hashlib.sha256("\0".join([platform.python_version(), package, code]).encode()).hexdigest()
+    kept = default_root().parent / "code" / f"{name}.json"
+    try:
+        normalised, imports = json.loads(kept.read_text(encoding="utf-8"))
+        return normalised, tuple(imports)
+    except (OSError, ValueError):
+        found = _normalised(code), _imports(code, package)
+    with suppress(OSError):  # a cache that cannot be written to is none
+        write_whole(kept, json.dumps(found))
+    return found
 
 
 def _read(path: Path) -> str:

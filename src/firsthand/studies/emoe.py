@@ -147,11 +147,11 @@ def fine_tune(trial: Trial, world: World, surgery: Callable[[Any, int], Any], me
     rates = (RATE, HEAD_RATE)
     parts = [{"params": list(part.parameters())} for part in (model.encoder, model.head)]
     optimizer = torch.optim.AdamW(parts, weight_decay=0.0, fused=True)
-    batches = lm.batches(torch.arange(len(world.train.topic)), size, trial.generator)
+    batches = lm.batches(torch.arange(len(world.train.topic))[:, None], size, trial.generator)
     for step in trial.track(range(steps), "fine-tuning"):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = lm.learning_rate(step, steps, rate, warmup=0.1, floor=0.0)
-        ids, topic = world.train.take(next(batches))
+        ids, topic = world.train.take(next(batches).squeeze(1))
         loss = F.cross_entropy(model(ids.to(trial.device)), topic.to(trial.device))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
