@@ -154,7 +154,7 @@ def test_interrupt_leaves_a_store_that_goes_on(call, tmp_path):
     assert process.returncode == 130
     assert "interrupted: 3 of 6 trials are kept; the same command goes on from there" in said
     assert "Traceback" not in said
-    assert len(list((tmp_path / "cache").rglob("*.json"))) == 3
+    assert len(list((tmp_path / "cache" / "runs").rglob("*.json"))) == 3
 
 
 def test_report_of_an_own_study(call, tmp_path):
