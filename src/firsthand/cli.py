@@ -1,6 +1,7 @@
 """The command line. Exit codes: 0 done, 1 a trial failed, 2 the command was wrong, 130 interrupted."""
 
 import json
+import os
 import sys
 import webbrowser
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from firsthand import catalogue, terminal
 from firsthand.harness import published
@@ -28,7 +28,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Data sets and small models that the studies read.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-out = Console()
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160)  # piped: lines that are not cut
 err = Console(stderr=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -240,14 +240,12 @@ def list_data(as_json: AsJson = False) -> None:
     if as_json:
         _print_json(rows)
         return
-    table = Table(box=None, pad_edge=False)
-    for column in ("name", "here", "size", "licence", "what", "how to get it"):
-        table.add_column(column, no_wrap=column in ("name", "here", "size"), overflow="fold")
-    for row in rows:
-        here = "[green]yes[/]" if row["here"] else "no"
-        cells = (escape(str(row[column])) for column in ("size", "licence", "what"))
-        table.add_row(f"[bold]{row['name']}[/]", here, *cells, "" if row["here"] else escape(str(row["get"])))
-    out.print(table)
+    for row in rows:  # not a table: licences and commands are too long for its columns
+        here = "[green]here[/]" if row["here"] else "[yellow]not here[/]"
+        out.print(f"[bold]{row['name']}[/]  {here}  {escape(str(row['size']))}", highlight=False)
+        out.print(f"    {escape(str(row['what']))}\n    licence: {escape(str(row['licence']))}", highlight=False)
+        if not row["here"]:
+            out.print(f"    get it with: {escape(str(row['get']))}", highlight=False, soft_wrap=True)
 
 
 @data_app.command("fetch")
