@@ -128,3 +128,9 @@ def test_frozen_embeddings_are_kept(monkeypatch, tmp_path):
     monkeypatch.setattr(embedding, "embed", None)  # not called again
     assert torch.equal(embedding.frozen(texts), first)
     assert len(list((tmp_path / "data" / "embedded").iterdir())) == 1
+
+
+def test_nearness():
+    assert embedding.nearness("sklearn.svm", "sklearn.svm") == 1.0
+    assert embedding.nearness("sklearn.svm.base", "sklearn.tree") == 2 / 5
+    assert embedding.nearness("sklearn", "scipy") == 0.0

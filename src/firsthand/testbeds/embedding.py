@@ -219,7 +219,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = lm.learning_rate(step, len(order), lr)
         optimizer.zero_grad()
-        features = [_features(model, [column[row] for row in rows.tolist()]) for column in columns]
+        features = [features_of(model, [column[row] for row in rows.tolist()]) for column in columns]
         value = loss(features, None if labels is None else labels[rows].to(trial.device))
         value.backward()
         nn.utils.clip_grad_norm_(weights.values(), 1.0)
@@ -235,7 +235,8 @@ def embed(model: SentenceTransformer, texts: Sequence[str], batch_size: int = 64
     return embeddings.float().cpu().clone()  # the host computes in inference mode: a copy may be trained on
 
 
-def _features(model: SentenceTransformer, texts: list[str]) -> dict[str, Any]:
+def features_of(model: SentenceTransformer, texts: list[str]) -> dict[str, Any]:
+    """What a sentence-transformers loss takes for a column of texts."""
     features = model.preprocess(texts)
     return {key: value.to(model.device) if isinstance(value, Tensor) else value for key, value in features.items()}
 
@@ -316,35 +317,34 @@ def similarity(
 ) -> float:
     """Rank correlation of the cosine of two texts with how near their modules are in the tree, over random pairs.
 
-    Nearness is the length of the common path over the mean of both lengths. Most random pairs have nothing in common: half of
-    the pairs are drawn from one package.
+    Most random pairs have nothing in common (`nearness` 0): half of the pairs are drawn from one package.
     """
     from scipy.stats import spearmanr
 
-    paths = [module.split(".") for module in modules]
     members: dict[str, list[int]] = {}
-    for row, path in enumerate(paths):
-        members.setdefault(path[0], []).append(row)
-    left = rng.integers(len(paths), size=pairs)
-    right = rng.integers(len(paths), size=pairs)
+    for row, module in enumerate(modules):
+        members.setdefault(module.partition(".")[0], []).append(row)
+    left, right = rng.integers(len(modules), size=(2, pairs))
     for k in range(pairs // 2):
-        peers = members[paths[left[k]][0]]
+        peers = members[modules[left[k]].partition(".")[0]]
         right[k] = peers[rng.integers(len(peers))]
     apart = left != right
     left, right = left[apart], right[apart]
-    near = [_nearness(paths[i], paths[j]) for i, j in zip(left, right, strict=True)]
+    near = [nearness(modules[i], modules[j]) for i, j in zip(left, right, strict=True)]
     unit = F.normalize(embeddings, dim=-1)
     cosines = (unit[torch.from_numpy(left)] * unit[torch.from_numpy(right)]).sum(dim=1)
     return float(spearmanr(cosines.numpy(), near).statistic)
 
 
-def _nearness(first: list[str], second: list[str]) -> float:
+def nearness(first: str, second: str) -> float:
+    """How much of the way to two modules is common: 2 · common / (one + other), in [0, 1]; counted in names between dots."""
+    one, other = first.split("."), second.split(".")
     common = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
+    for left, right in zip(one, other, strict=False):
+        if left != right:
             break
         common += 1
-    return 2 * common / (len(first) + len(second))
+    return 2 * common / (len(one) + len(other))
 
 
 def evaluate(encode: Callable[[list[str]], Tensor], test: Functions, rng: np.random.Generator) -> dict[str, float]:
@@ -362,7 +362,7 @@ def evaluate(encode: Callable[[list[str]], Tensor], test: Functions, rng: np.ran
     queries, documents = encode(test.sentences).cpu().float(), encode(test.codes).cpu().float()
     groups, first = np.unique(test.groups, return_index=True)
     names, label, count = np.unique(test.modules, return_inverse=True, return_counts=True)
-    classes = np.flatnonzero(count[label] >= min(6, count.max()))
+    classes = np.flatnonzero(count[label] >= min(6, np.sort(count)[-2]))  # of a small test at least the two largest
     return {
         **retrieval(queries[torch.from_numpy(first)], documents, relevance(groups, test.groups)),
         "accuracy": classification(documents[torch.from_numpy(classes)], names[label[classes]].tolist(), rng),
