@@ -5,3 +5,9 @@ from .aquilamoe import grow_width as grow_width
 from .aquilamoe import scale_out as scale_out
 from .aquilamoe import scale_up as scale_up
 from .aquilamoe import width_map as width_map
+from .self_positioning import Checkpoint as Checkpoint
+from .self_positioning import SelfPositioningResult as SelfPositioningResult
+from .self_positioning import merge_at as merge_at
+from .self_positioning import merge_checkpoints as merge_checkpoints
+from .self_positioning import task_vector as task_vector
+from .self_positioning import task_vector_stats as task_vector_stats
