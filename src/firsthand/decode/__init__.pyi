@@ -1,3 +1,14 @@
+from .locus import graph_distances as graph_distances
+from .locus import minimum_locus_cover_tree as minimum_locus_cover_tree
+from .locus import next_class as next_class
+from .locus import tree_locus as tree_locus
+from .loki import LokiClassifier as LokiClassifier
+from .loki import MeanSquaredDistance as MeanSquaredDistance
+from .loki import loki_predict as loki_predict
+from .loki import loki_predict_embedding as loki_predict_embedding
+from .loki import loki_predict_tree as loki_predict_tree
+from .loki import loki_straight_through as loki_straight_through
+from .loki import squared_distance as squared_distance
 from .scmoe import SelfContrastLogitsProcessor as SelfContrastLogitsProcessor
 from .scmoe import self_contrast as self_contrast
 from .scmoe import self_contrast_logits as self_contrast_logits
