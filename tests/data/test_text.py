@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import textwrap
 
 import pytest
 
@@ -433,3 +434,16 @@ def test_the_order_is_not_the_file_systems(name, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", Shuffled)
     assert load(name) == first
+
+
+def test_api_docs_are_what_inspect_says():
+    entries = load("api-docs", packages=())
+    by_name = {(entry["module"], entry["name"]): entry for entry in entries}
+    assert by_name["textwrap", "fill"]["text"] == inspect.getdoc(textwrap.fill)
+    assert by_name["textwrap", "TextWrapper"]["text"] == inspect.getdoc(textwrap.TextWrapper)
+    assert {entry["package"] for entry in entries} == {"stdlib"}
+    assert not any(name.rpartition(".")[2].startswith("_") for _, name in by_name)
+    assert all(entry["text"] and ">>>" not in entry["text"] for entry in entries)
+    assert {entry["package"] for entry in load("api-docs", packages=("jinja2",))} == {"stdlib", "jinja2"}
+    with pytest.raises(DataMissing, match=r"'api-docs' was asked to read 'no_such_thing'"):
+        load("api-docs", packages=("no_such_thing",))

@@ -118,6 +118,16 @@ _ALL = (
         loader="text.docstrings",
     ),
     Source(
+        name="api-docs",
+        kind="text",
+        tier=0,
+        what="public functions and classes with their whole docstrings",
+        gives="list of dict(package, module, name, text)",
+        licence="PSF-2.0 (Python), BSD-3-Clause (SciPy, scikit-learn)",
+        size="6.7 MB, more from other packages",
+        loader="text.api_docs",
+    ),
+    Source(
         name="docs",
         kind="text",
         tier=0,

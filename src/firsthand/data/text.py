@@ -47,15 +47,7 @@ def docstrings(folder: Path, packages: Sequence[str] = ("scipy", "sklearn"), *, 
     Raises:
         DataMissing: one of the packages is not installed.
     """
-    folders = {"stdlib": folder}
-    for package in packages:
-        found = package_folder(package)
-        if found is None:
-            raise DataMissing(
-                f"the data set 'docstrings' was asked to read {package!r}, which is not installed: pip install {package}"
-            )
-        folders[package] = found
-    pairs = [dict(pair) for package, place in folders.items() for pair in _pairs(package, place)]
+    pairs = [dict(pair) for package, place in _folders("docstrings", folder, packages) for pair in _pairs(package, place)]
     if not distinct:
         return pairs
     unique: dict[str, dict[str, str]] = {}
@@ -65,6 +57,37 @@ def docstrings(folder: Path, packages: Sequence[str] = ("scipy", "sklearn"), *, 
             codes.add(pair["code"])
             unique[pair["sentence"]] = pair
     return list(unique.values())
+
+
+def api_docs(folder: Path, packages: Sequence[str] = ("scipy", "sklearn")) -> list[dict[str, str]]:
+    """What the authors of libraries say of every public function, method and class. Nothing is imported.
+
+    Args:
+        folder: of the standard library.
+        packages: import names of installed packages to read besides the standard library.
+
+    Returns:
+        In order of package, file and line: `package` (`"stdlib"` or the import name), `module`, `name` (`"function"`, `"Class"`
+        or `"Class.method"`) and `text`, the docstring without its doctests.
+
+    Raises:
+        DataMissing: one of the packages is not installed.
+    """
+    folders = _folders("api-docs", folder, packages)
+    return [dict(entry) for package, place in folders for entry in _documented(package, place)]
+
+
+def _folders(name: str, folder: Path, packages: Sequence[str]) -> list[tuple[str, Path]]:
+    """The standard library and packages, and where they are."""
+    folders = [("stdlib", folder)]
+    for package in packages:
+        found = package_folder(package)
+        if found is None:
+            raise DataMissing(
+                f"the data set {name!r} was asked to read {package!r}, which is not installed: pip install {package}"
+            )
+        folders.append((package, found))
+    return folders
 
 
 def docs(folder: Path) -> list[dict[str, str]]:
@@ -302,6 +325,23 @@ def _pairs(package: str, folder: Path) -> list[dict[str, str]]:
         ]
 
     return _remembered("pairs", package, folder, extract)
+
+
+@functools.cache
+def _documented(package: str, folder: Path) -> list[dict[str, str]]:
+    def extract() -> list[dict[str, str]]:
+        entries = []
+        for path in _python_files(folder):
+            module = _module(path, folder, package)
+            seen = set()
+            for name, node in _definitions(_parse(_read(path))):
+                text = _without_doctests(ast.get_docstring(node))
+                if text and name not in seen:
+                    seen.add(name)
+                    entries.append({"package": package, "module": module, "name": name, "text": text})
+        return entries
+
+    return _remembered("api-docs", package, folder, extract)
 
 
 @functools.cache
