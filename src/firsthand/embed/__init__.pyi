@@ -1,4 +1,5 @@
 from .bidirectional import make_bidirectional as make_bidirectional
+from .compare import compare_designs as compare_designs
 from .contrastive import HardNegativeInfoNCELoss as HardNegativeInfoNCELoss
 from .contrastive import info_nce_loss as info_nce_loss
 from .gistembed import GISTLoss as GISTLoss
@@ -6,6 +7,11 @@ from .gistembed import add_guide_embeddings as add_guide_embeddings
 from .gistembed import contrastive_loss as contrastive_loss
 from .gistembed import gist_loss as gist_loss
 from .gistembed import gist_mask as gist_mask
+from .multi_layer_pooling import LastLayerTrainablePooling as LastLayerTrainablePooling
+from .multi_layer_pooling import LayerTransformer as LayerTransformer
+from .multi_layer_pooling import MultiLayerTrainablePooling as MultiLayerTrainablePooling
+from .multi_layer_pooling import build_design as build_design
+from .multi_layer_pooling import reduce_layers as reduce_layers
 from .nv_embed import LatentAttentionPooling as LatentAttentionPooling
 from .nv_embed import classification_to_triplets as classification_to_triplets
 from .nv_embed import format_query as format_query
