@@ -1,3 +1,6 @@
+from .adore import ADORELoss as ADORELoss
+from .adore import adore_loss as adore_loss
+from .adore import rank_weights as rank_weights
 from .bidirectional import make_bidirectional as make_bidirectional
 from .compare import compare_designs as compare_designs
 from .contrastive import HardNegativeInfoNCELoss as HardNegativeInfoNCELoss
@@ -7,6 +10,12 @@ from .gistembed import add_guide_embeddings as add_guide_embeddings
 from .gistembed import contrastive_loss as contrastive_loss
 from .gistembed import gist_loss as gist_loss
 from .gistembed import gist_mask as gist_mask
+from .hard_negatives import NegativeRefresh as NegativeRefresh
+from .hard_negatives import draw_negatives as draw_negatives
+from .hard_negatives import mine_static_negatives as mine_static_negatives
+from .hard_negatives import nearest_documents as nearest_documents
+from .hard_negatives import ranking_error_profile as ranking_error_profile
+from .hard_negatives import refresh_corpus as refresh_corpus
 from .multi_layer_pooling import LastLayerTrainablePooling as LastLayerTrainablePooling
 from .multi_layer_pooling import LayerTransformer as LayerTransformer
 from .multi_layer_pooling import MultiLayerTrainablePooling as MultiLayerTrainablePooling
@@ -23,3 +32,6 @@ from .skill_negatives import r_precision_at_k as r_precision_at_k
 from .skill_negatives import related_labels as related_labels
 from .skill_negatives import sample_label_negatives as sample_label_negatives
 from .skill_negatives import to_triplets as to_triplets
+from .star import STARLoss as STARLoss
+from .star import pairwise_negatives_loss as pairwise_negatives_loss
+from .star import star_loss as star_loss

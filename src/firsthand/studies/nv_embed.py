@@ -154,8 +154,9 @@ def last_token() -> str:
     return "lasttoken"
 
 
-# Best of 0.001, 0.002 and 0.004 for each on seed 3; for mean and latents 0.0005 was worse, on seed 4. The same for causal models.
-# The rate of a second stage is the best of 1, 0.3 and 0.1 times that for accuracy, on seed 3, with in-batch negatives and without.
+# Best of 0.001, 0.002 and 0.004 for each on seed 3; for mean and latents 0.0005 was worse, on seed 4. The same for causal
+# models. A second stage's rate is the best of 1, 0.3 and 0.1 times that for accuracy, on seed 3, with in-batch negatives and
+# without.
 RATE: dict[Callable[[], Any], float] = {mean: 1e-3, latents: 1e-3, FeedForwardPooling: 1e-3, last_token: 2e-3}
 
 
