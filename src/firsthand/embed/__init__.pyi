@@ -10,6 +10,8 @@ from .gistembed import add_guide_embeddings as add_guide_embeddings
 from .gistembed import contrastive_loss as contrastive_loss
 from .gistembed import gist_loss as gist_loss
 from .gistembed import gist_mask as gist_mask
+from .grad_cache import grad_cache_step as grad_cache_step
+from .grad_cache import split_rows as split_rows
 from .hard_negatives import NegativeRefresh as NegativeRefresh
 from .hard_negatives import draw_negatives as draw_negatives
 from .hard_negatives import mine_static_negatives as mine_static_negatives
@@ -25,6 +27,7 @@ from .nv_embed import LatentAttentionPooling as LatentAttentionPooling
 from .nv_embed import classification_to_triplets as classification_to_triplets
 from .nv_embed import format_query as format_query
 from .nv_embed import sts_to_triplets as sts_to_triplets
+from .pooling import last_token_pool as last_token_pool
 from .skill_negatives import DistantLabelRanker as DistantLabelRanker
 from .skill_negatives import RPrecisionAtK as RPrecisionAtK
 from .skill_negatives import literal_match as literal_match
@@ -35,3 +38,9 @@ from .skill_negatives import to_triplets as to_triplets
 from .star import STARLoss as STARLoss
 from .star import pairwise_negatives_loss as pairwise_negatives_loss
 from .star import star_loss as star_loss
+from .vlm2vec import EmbeddingMatchAccuracy as EmbeddingMatchAccuracy
+from .vlm2vec import InterleavedSubBatchSampler as InterleavedSubBatchSampler
+from .vlm2vec import embed_items as embed_items
+from .vlm2vec import format_instruction as format_instruction
+from .vlm2vec import pack_items as pack_items
+from .vlm2vec import split_items as split_items
