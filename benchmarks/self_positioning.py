@@ -1,7 +1,8 @@
-"""A search by self-positioning with automatic differentiation through the merge, and with the bare passes of the model.
+"""A search by self-positioning, autograd through the merge, and the bare passes of the model.
 
 The peer writes the merged weights as a differentiable sum and lets `torch.func.functional_call` do the rest: shorter, and it
-keeps the sum's graph. The limit is forward and backward pass at fixed weights. The model is all-MiniLM-L6-v2, 22.7 million weights.
+keeps the sum's graph. The limit is forward and backward pass at fixed weights. The model is all-MiniLM-L6-v2, 22.7 million
+weights.
 """
 
 import subprocess
