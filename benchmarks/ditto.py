@@ -1,4 +1,4 @@
-"""Ditto's hot paths: blocking against faiss, scoring pairs against sentence-transformers' `CrossEncoder`, and what the collator costs.
+"""Ditto's hot paths: blocking against faiss, scoring pairs against `CrossEncoder`, and what the collator costs.
 
 `python benchmarks/ditto.py` prints ratios of times: below 1, ours is faster.
 """

@@ -1,7 +1,7 @@
 """A search for starting weights of an attention-LSTM: the population in one pass, one by one, and SciPy's differential evolution.
 
 All searches evaluate as many individuals. SciPy's runs DE/rand/1/bin as ours without clusters does, one individual at a time, as
-is its default, on the same loss. The limit is what the losses alone take: the evaluations in one pass, without a search.
+is its default, on the same loss. The limit is what the losses alone take, in one pass, without a search around them.
 """
 
 from collections.abc import Callable
