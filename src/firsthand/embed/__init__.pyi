@@ -35,9 +35,17 @@ from .skill_negatives import r_precision_at_k as r_precision_at_k
 from .skill_negatives import related_labels as related_labels
 from .skill_negatives import sample_label_negatives as sample_label_negatives
 from .skill_negatives import to_triplets as to_triplets
+from .smae import BertForSMAE as BertForSMAE
+from .smae import SMAECollator as SMAECollator
+from .smae import smae_loss as smae_loss
 from .star import STARLoss as STARLoss
 from .star import pairwise_negatives_loss as pairwise_negatives_loss
 from .star import star_loss as star_loss
+from .starbucks import StarbucksLoss as StarbucksLoss
+from .starbucks import default_sizes as default_sizes
+from .starbucks import extract_submodel as extract_submodel
+from .starbucks import pool_layers as pool_layers
+from .starbucks import srl_loss as srl_loss
 from .vlm2vec import EmbeddingMatchAccuracy as EmbeddingMatchAccuracy
 from .vlm2vec import InterleavedSubBatchSampler as InterleavedSubBatchSampler
 from .vlm2vec import embed_items as embed_items

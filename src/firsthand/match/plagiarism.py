@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from sklearn.base import BaseEstimator, ClassifierMixin
 from torch import Tensor, nn
@@ -154,9 +155,14 @@ def population_logits(
     _check_texts("b", b, b_mask)
     if len(a) != len(b):
         raise ValueError(f"a and b must have as many texts, got {len(a)} and {len(b)}")
-    other = "encoder_b" if any(name.startswith("encoder_b.") for name in parameters) else "encoder"
-    u = _population_states(parameters, "encoder", a, a_mask)
-    w = _population_states(parameters, other, b, b_mask)
+    if "encoder_b.lstm.weight_ih_l0" in parameters:
+        u = _population_states(parameters, "encoder", a, a_mask)
+        w = _population_states(parameters, "encoder_b", b, b_mask)
+    else:  # all texts together: half as many steps
+        more = a.shape[1] - b.shape[1]
+        texts = [F.pad(a, (0, 0, 0, max(0, -more))), F.pad(b, (0, 0, 0, max(0, more)))]
+        masks = [F.pad(a_mask, (0, max(0, -more))), F.pad(b_mask, (0, max(0, more)))]
+        u, w = _population_states(parameters, "encoder", torch.cat(texts), torch.cat(masks)).chunk(2, dim=-1)
     symmetric = parameters["mlp.0.weight"].shape[-1] == 2 * u.shape[1]
     hidden = _affine(parameters, "mlp.0", _compare(u, w, symmetric, dim=1)).relu()
     return _affine(parameters, "mlp.2", hidden).squeeze(1)
