@@ -1,3 +1,6 @@
+import sys
+
+import pytest
 import torch
 from hypothesis import settings
 
