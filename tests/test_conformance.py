@@ -18,7 +18,7 @@ from firsthand.harness.worker import Finished, Work, run_seed
 PACKAGE = Path(firsthand.__file__).parent
 CARDS = catalogue.cards()
 CHANGES = {"loss", "layer", "weights", "data", "decoding", "training", "metric", "system"}
-EXTRAS = {"hf", "embed", "studies", "ray"}
+EXTRAS = {"hf", "embed", "distill", "studies", "ray"}
 
 every_card = pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
 every_api = pytest.mark.parametrize("name", [name for card in CARDS.values() for name in card.api])
