@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -145,12 +146,14 @@ def test_interrupt_leaves_a_store_that_goes_on(call, tmp_path):
     write(tmp_path, HANGING.replace("time.sleep(600)", "time.sleep(0 if trial.smoke or trial.seed == 1000 else 600)"))
     env = {**os.environ, "FIRSTHAND_CACHE": str(tmp_path / "cache")}
     command = [FIRSTHAND, "run", "toy.py", "--seeds", "3", "--jobs", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith("seed 1001  base"):
-            break
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell that runs us in the background has it ignored
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=env, preexec_fn=heard, **pipes) as process:
+        for line in process.stdout:
+            if line.startswith("seed 1001  base"):
+                break
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted: 3 of 6 trials are kept; the same command goes on from there" in said
     assert "Traceback" not in said
