@@ -1,3 +1,6 @@
+from .eft import EmulatedFineTuningLogitsProcessor as EmulatedFineTuningLogitsProcessor
+from .eft import emulated_logits as emulated_logits
+from .eft import emulated_nll as emulated_nll
 from .locus import graph_distances as graph_distances
 from .locus import minimum_locus_cover_tree as minimum_locus_cover_tree
 from .locus import next_class as next_class
@@ -12,3 +15,5 @@ from .loki import squared_distance as squared_distance
 from .scmoe import SelfContrastLogitsProcessor as SelfContrastLogitsProcessor
 from .scmoe import self_contrast as self_contrast
 from .scmoe import self_contrast_logits as self_contrast_logits
+from .speculative import SpeculativeStats as SpeculativeStats
+from .speculative import emulated_speculative_generate as emulated_speculative_generate
