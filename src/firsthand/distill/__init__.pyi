@@ -1,1 +1,12 @@
+from .arte import Draft as Draft
+from .arte import Task as Task
+from .arte import align_with_dpo as align_with_dpo
+from .arte import draft_questions as draft_questions
+from .arte import draft_rationales as draft_rationales
+from .arte import one_shot_scores as one_shot_scores
+from .arte import preference_pairs as preference_pairs
+from .arte import question_scores as question_scores
+from .generation import HFGenerator as HFGenerator
+from .item_response import fit_2pl as fit_2pl
+from .item_response import select_discriminative as select_discriminative
 from .soft import soft_distillation_loss as soft_distillation_loss
