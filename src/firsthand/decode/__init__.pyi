@@ -12,6 +12,11 @@ from .loki import loki_predict_embedding as loki_predict_embedding
 from .loki import loki_predict_tree as loki_predict_tree
 from .loki import loki_straight_through as loki_straight_through
 from .loki import squared_distance as squared_distance
+from .opera import OperaOutput as OperaOutput
+from .opera import find_image_span as find_image_span
+from .opera import opera_search as opera_search
+from .over_trust import OverTrustState as OverTrustState
+from .over_trust import over_trust_penalty as over_trust_penalty
 from .scmoe import SelfContrastLogitsProcessor as SelfContrastLogitsProcessor
 from .scmoe import self_contrast as self_contrast
 from .scmoe import self_contrast_logits as self_contrast_logits
