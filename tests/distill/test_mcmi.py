@@ -230,6 +230,35 @@ def test_in_a_trainer(tmp_path):
     assert all(value.isfinite() for value in heard)
 
 
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_a_trainer_that_accumulates_has_the_gradient_of_the_whole_batch(tmp_path, accumulated):
+    """As the docstring of `mcmi_loss` says it: the `Trainer` divides by nothing."""
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = BertForSequenceClassification(BertConfig(vocab_size=12, max_position_embeddings=8, num_labels=CLASSES, **sizes))
+    centroids = ClassCentroids(CLASSES).centroids
+    inputs, labels = torch.stack([torch.tensor([i % 12, 1, 2]) for i in range(16)]), torch.arange(16) % CLASSES
+    mcmi_loss(model(input_ids=inputs).logits, labels, centroids).backward()
+    expected = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+    model.zero_grad()
+
+    def loss(outputs, labels, num_items_in_batch):
+        return mcmi_loss(outputs.logits, labels, centroids, reduction="none").sum() / num_items_in_batch
+
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=16 // accumulated, gradient_accumulation_steps=accumulated,
+        max_grad_norm=1e6, logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": label} for row, label in zip(inputs, labels, strict=True)]
+    trainer = Trainer(model, arguments, train_dataset=rows, compute_loss_func=loss)
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
@@ -244,6 +273,7 @@ def test_in_a_trainer(tmp_path):
         (lambda z, y, q: ClassCentroids(4).fit(network(), []), "at least one sample"),
         (lambda z, y, q: ConditionalMutualInformation(1), "num_classes"),
         (lambda z, y, q: mcmi_finetune(network(), loader(), 4, epochs=0), "epochs"),
+        (lambda z, y, q: mcmi_finetune(network(), iter(loader()), 4, epochs=1), "loader must give"),
     ],
 )
 def test_bad_input(batch, call, expected):

@@ -57,6 +57,35 @@ def test_half_precision_is_computed_in_float32(logits):
     torch.testing.assert_close(loss, soft_distillation_loss(student.float(), teacher.float()))
 
 
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_a_trainer_that_accumulates_has_the_gradient_of_the_whole_batch(tmp_path, accumulated):
+    """As the docstring says it: the `Trainer` divides by nothing, and takes each of the teacher's logits for a label."""
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = BertForSequenceClassification(BertConfig(vocab_size=12, max_position_embeddings=8, num_labels=4, **sizes))
+    inputs, teacher = torch.stack([torch.tensor([i % 12, 1, 2]) for i in range(16)]), torch.randn(16, 4)
+    soft_distillation_loss(model(input_ids=inputs).logits, teacher).backward()
+    expected = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+    model.zero_grad()
+
+    def loss(outputs, targets, num_items_in_batch):
+        each = soft_distillation_loss(outputs.logits, targets, reduction="none")
+        return each.sum() * targets.shape[-1] / num_items_in_batch
+
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=16 // accumulated, gradient_accumulation_steps=accumulated,
+        max_grad_norm=1e6, logging_steps=1, report_to=[], save_strategy="no", use_cpu=True, dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": target} for row, target in zip(inputs, teacher, strict=True)]
+    trainer = Trainer(model, arguments, train_dataset=rows, compute_loss_func=loss)
+    trainer.train()
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [({"temperature": 0.0}, "temperature"), ({"temperature": math.inf}, "temperature"), ({"reduction": "sum"}, "reduction")],

@@ -155,6 +155,38 @@ def test_the_student_is_as_it_was(world):
     assert student.training
 
 
+def test_a_part_of_the_student_in_evaluation_mode_stays_so(world):
+    student = nn.Sequential(nn.BatchNorm1d(INPUTS), world[0]).double().train()
+    student[0].eval()
+    ratio_gradients(student, *world[1:], inner_lr=0.5)
+    assert [student.training, student[0].training, student[1].training] == [True, False, True]
+
+
+def test_a_student_of_transformers():
+    """With its default attention, and inputs by name; the gradient is that of attention written out."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=12, max_position_embeddings=8, num_labels=CLASSES, **sizes)
+    ids, target, teacher = torch.randint(12, (8, 6)), torch.arange(8) % CLASSES, torch.randn(8, CLASSES)
+    inputs = {"input_ids": ids, "attention_mask": (torch.arange(6) < 4).long().expand(8, 6)}
+    torch.manual_seed(0)
+    net, found = FusionRatioNet(CLASSES), []
+    for attention in ("sdpa", "eager"):
+        torch.manual_seed(1)
+        student = BertForSequenceClassification._from_config(config, attn_implementation=attention)
+        batch = (inputs, target)
+        found.append(ratio_gradients(student, net, batch, batch, teacher, means(teacher, target), inner_lr=0.5)[1])
+        said = tgeo_kd_step(
+            student, torch.optim.SGD(student.parameters(), lr=0.1), batch, teacher, net, means(teacher, target),
+            val_batch=batch, ratio_optimizer=torch.optim.SGD(net.parameters(), lr=0.0),
+        )  # fmt: skip
+        assert said["loss"] > 0
+    assert any(gradient.any() for gradient in found[0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
+
+
 def test_the_students_step_leaves_the_ratio_network_alone(world):
     student, net, train, _, teacher, mean = world
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)

@@ -89,7 +89,10 @@ def mcmi_loss(
 
     $$ \mathrm{CE}(z, y) - \lambda\, \mathrm{KL}\big(\operatorname{softmax}(z) \,\|\, Q_y\big) $$
 
-    In `Trainer`: `compute_loss_func=lambda outputs, labels, **_: mcmi_loss(outputs.logits, labels, centroids)`.
+    As the `compute_loss_func` of `Trainer`, a sum has to be divided by the labels of all batches that a step accumulates::
+
+        def loss(outputs, labels, num_items_in_batch):
+            return mcmi_loss(outputs.logits, labels, centroids, reduction="none").sum() / num_items_in_batch
 
     Args:
         logits: z.
@@ -267,7 +270,7 @@ def mcmi_finetune(
 
     Args:
         teacher: from inputs to logits, or to an object that has `.logits`; on the device that it is to be trained on.
-        loader: (inputs, labels) pairs, shuffled anew in each pass.
+        loader: (inputs, labels) pairs, shuffled anew in each pass; an iterator, which has but one, will not do.
         num_classes: C.
         lam: see `mcmi_loss`.
         epochs: at least 1.
@@ -280,13 +283,15 @@ def mcmi_finetune(
         `teacher`, in evaluation mode.
 
     Raises:
-        ValueError: `epochs` below 1, or see `mcmi_loss` and `ClassCentroids`.
+        ValueError: `epochs` below 1, `loader` is an iterator, or see `mcmi_loss` and `ClassCentroids`.
 
     Source:
         arXiv 2401.08732, released code: 20 epochs on CIFAR-100, SGD as above, cosine, best epoch on validation.
     """
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if iter(loader) is loader:  # spent by the centroids, it would leave nothing to train on
+        raise ValueError(f"loader must give its batches anew in each pass, got an iterator, {type(loader).__name__}")
     device = next(teacher.parameters()).device
     centroids = ClassCentroids(num_classes, refresh, decay).to(device)
     optimizer = optimizer or torch.optim.SGD(teacher.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)

@@ -19,7 +19,11 @@ def soft_distillation_loss(
     $$ \tau^2\, \mathrm{KL}\big(\operatorname{softmax}(z^t / \tau) \,\|\, \operatorname{softmax}(z^s / \tau)\big) $$
 
     The factor keeps the size of the gradient much the same whatever the temperature. In `Trainer`, with the teacher's logits in
-    place of the labels: `compute_loss_func=lambda outputs, targets, **_: soft_distillation_loss(outputs.logits, targets)`.
+    place of the labels, a sum has to be divided by the items of all batches that a step accumulates, and each logit is one::
+
+        def loss(outputs, targets, num_items_in_batch):
+            each = soft_distillation_loss(outputs.logits, targets, reduction="none")
+            return each.sum() * targets.shape[-1] / num_items_in_batch
 
     Args:
         student_logits: $z^s$. -inf forbids a class, which the teacher must forbid too.

@@ -1,13 +1,14 @@
 """TGeo-KD: how much a student listens to its teacher, learnt for each sample from where both are and where the truth is."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PARTS = ("vertices", "edges", "angles")
 
@@ -193,11 +194,12 @@ def fusion_ratio_step(
     $$ \theta'(\omega) = \theta - \eta \nabla_\theta\, \mathrm{loss}(\theta, r_\omega), \qquad
        \omega \leftarrow \omega - \text{optimiser}\big(\nabla_\omega\, \mathrm{CE}_\mathrm{val}(\theta'(\omega))\big) $$
 
-    The student itself stays as it is, its gradients too; it is in evaluation mode for both passes, and in its own afterwards.
+    The student itself stays as it is, its gradients too; it is in evaluation mode for both passes, and each of its modules in its
+    own afterwards. Attention runs as plain products, as PyTorch's fused kernels have no second derivative.
 
     Args:
         student: from inputs to logits, or to an object that has `.logits`.
-        batch: inputs and labels of training.
+        batch: inputs and labels of training. A mapping of inputs is passed by keywords, as models of transformers take it.
         val_batch: inputs and labels of validation, which the student is not trained on.
         teacher_logits: for the inputs of `batch`.
         ratio_net: see `FusionRatioNet`; or any module from its features to ratios.
@@ -220,17 +222,19 @@ def fusion_ratio_step(
         raise ValueError(f"inner_lr must be at least 0 and finite, got {inner_lr}")
     (inputs, target), (val_inputs, val_target) = batch, val_batch
     parameters = {name: p.detach().requires_grad_() for name, p in student.named_parameters() if p.requires_grad}
-    mode = student.training
+    modes = [(module, module.training) for module in student.modules()]
     student.eval()
     try:
-        logits = _logits(torch.func.functional_call(student, parameters, (inputs,)))
-        features = _features(logits, teacher_logits, target, class_means, ratio_net)
-        loss = fused_kd_loss(logits, teacher_logits, target, ratio_net(features), temperature)
-        gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
-        moved = {name: p - inner_lr * g for (name, p), g in zip(parameters.items(), gradients, strict=True)}
-        val_loss = F.cross_entropy(_logits(torch.func.functional_call(student, moved, (val_inputs,))), val_target)
+        with sdpa_kernel(SDPBackend.MATH):
+            logits = _logits(torch.func.functional_call(student, parameters, *_arguments(inputs)))
+            features = _features(logits, teacher_logits, target, class_means, ratio_net)
+            loss = fused_kd_loss(logits, teacher_logits, target, ratio_net(features), temperature)
+            gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+            moved = {name: p - inner_lr * g for (name, p), g in zip(parameters.items(), gradients, strict=True)}
+            val_loss = F.cross_entropy(_logits(torch.func.functional_call(student, moved, *_arguments(val_inputs))), val_target)
     finally:
-        student.train(mode)
+        for module, mode in modes:  # one by one: a part of it may be frozen in evaluation mode
+            module.training = mode
     ratio_optimizer.zero_grad()
     val_loss.backward(inputs=[p for p in ratio_net.parameters() if p.requires_grad])
     ratio_optimizer.step()
@@ -284,7 +288,8 @@ def tgeo_kd_step(
             student, batch, val_batch, teacher_logits, ratio_net, ratio_optimizer, class_means, inner_lr, temperature
         )
     inputs, target = batch
-    logits = _logits(student(inputs))
+    args, kwargs = _arguments(inputs)
+    logits = _logits(student(*args, **kwargs))
     with torch.no_grad():
         ratio = ratio_net(_features(logits, teacher_logits, target, class_means, ratio_net))
     loss = fused_kd_loss(logits, teacher_logits, target, ratio, temperature)
@@ -338,6 +343,10 @@ def _features(
 ) -> Tensor:
     student, teacher = (each.detach().to(class_means.dtype).softmax(dim=-1) for each in (logits, teacher_logits))
     return trilateral_features(student, teacher, target, class_means, getattr(ratio_net, "parts", ("vertices", "edges")))
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
 
 
 def _logits(output: Any) -> Tensor:

@@ -29,7 +29,7 @@ from firsthand.testbeds import digits
 CONSTANTS = (0.1, 0.3, 0.5, 0.7, 0.9)
 TEMPERATURE = 4.0
 BATCH, RATE = 50, 3e-3
-INNER, RATIO_RATE = 0.5, 0.03  # of the virtual step and of the ratio network: the best of five pairs on four seeds below 100
+INNER, RATIO_RATE = 0.5, 0.03  # of the virtual step and of the ratio network: the best of four pairs on four seeds below 100
 
 
 @dataclass
