@@ -28,6 +28,7 @@ from firsthand.weights.deep_incubation import (
     trainable_parameters,
 )
 from firsthand.weights.layers import find_layers
+from training_step import step_by_number
 
 SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
 ZERO = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -186,6 +187,8 @@ def test_imitation_comes_closer_to_the_meta_modules_output():
 def test_incubation_learns_the_task():
     target, meta = vit(), meta_model(vit(), 2)
     batch = (torch.randn(5, 1, 4, 4), torch.tensor([0, 1, 2, 0, 1]))
+    incubate(meta_model(vit(), 1), meta, 0, 1, [batch] * 60, task_loss, lr=1e-2)  # with one module, ordinary training
+    assert task_loss(meta.eval(), batch).item() < 0.3
     before = task_loss(hybrid_network(meta, target, 0, 2), batch).item()
     incubate(meta, target, 0, 2, [batch] * 60, task_loss, lr=1e-2)
     assert task_loss(hybrid_network(meta, target, 0, 2), batch).item() < 0.5 * before
@@ -211,15 +214,6 @@ def test_parts_that_do_not_make_a_model():
     name = next(iter(first))
     with pytest.raises(ValueError, match="must have shape"):
         assemble(model, [{**first, name: first[name].new_zeros(1)}, second])
-
-
-def step_by_number(hybrid, index, log):
-    torch.manual_seed(index)
-    optimizer = torch.optim.SGD(trainable_parameters(hybrid), lr=0.1)
-    task_loss(hybrid, (torch.randn(4, 1, 4, 4), torch.tensor([0, 1, 2, 0]))).backward()
-    optimizer.step()
-    with open(log, "a") as file:
-        file.write(f"{index}\n")
 
 
 def test_processes_train_modules_apart_and_go_on_where_they_were(tmp_path):

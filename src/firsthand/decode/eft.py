@@ -75,7 +75,9 @@ def emulated_logits(
 
 
 class EmulatedFineTuningLogitsProcessor(LogitsProcessor):
-    """Emulated fine-tuning inside `generate`: greedy, sampling or beam search of the large base model. ::
+    """Emulated fine-tuning inside `generate`: greedy, sampling or beam search of the large base model.
+
+    With a small model and its fine-tuned sibling::
 
         large.generate(**inputs, logits_processor=[EmulatedFineTuningLogitsProcessor(small_tuned, small)])
 

@@ -24,7 +24,12 @@ Write = Callable[[Sequence[str], float, int], Sequence[str]]
 
 
 class Draft(NamedTuple):
-    """A question that a teacher wrote, and several rationales for it, each ending in an answer."""
+    """A question that a teacher wrote, and several rationales for it, each ending in an answer.
+
+    Attributes:
+        question: as a student is to be asked it.
+        rationales: one for each style of reasoning; at least one.
+    """
 
     question: str
     rationales: list[str]

@@ -139,7 +139,17 @@ def hybrid_network(
 
 
 def trainable_parameters(hybrid: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the module that is trained: what to give to an optimiser, and nothing else, for it may decay weights."""
+    """The parameters of the module that is trained: what to give to an optimiser, and nothing else, for it may decay weights.
+
+    Args:
+        hybrid: a hybrid network.
+
+    Returns:
+        Those of its parameters that require a gradient.
+
+    Source:
+        arXiv 2212.04129: only the module is in the optimiser.
+    """
     return [parameter for parameter in hybrid.parameters() if parameter.requires_grad]
 
 
